@@ -1,0 +1,1 @@
+"""Triton kernels on local tensors, each with a plain-torch twin. Import the defining module."""

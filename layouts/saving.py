@@ -1,0 +1,89 @@
+"""What a gather keeps for backward: with `save="shard"` the shard, gathered again when it is needed.
+
+Autograd saves the *gathered* tensor in whatever op reads it. While a `value_and_grad` is open and a gather
+asked for "shard", saved-tensor hooks recognise the storage of its result and save a recipe instead: the
+source shards, the step, and the view's geometry. The second gather is recorded in the phase "regather".
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..meshlib import record
+
+_RECIPES: dict[int, tuple[_Recipe, int]] = {}  # storage -> recipe and shard number
+_SCOPES: list[list[Any]] = []  # one per open value_and_grad: the hooks that it pushed
+
+
+class _Recipe:
+    """How to gather again. Results wait here until every simulated device has taken its own.
+
+    Simulated devices of one group share one gathered tensor: `shares` says how many read each.
+    """
+
+    def __init__(self, again: Callable[[], Sequence[Tensor]]) -> None:
+        self.again = again
+        self.shares: dict[int, int] = {}
+        self.ready: dict[int, list[Any]] = {}
+
+    def take(self, number: int) -> Tensor:
+        if number not in self.ready:
+            with record.phase("regather"), torch.no_grad():
+                whole = self.again()
+            self.ready = {i: [whole[i], n] for i, n in self.shares.items()}
+        waiting = self.ready[number]
+        waiting[1] -= 1
+        if not waiting[1]:
+            del self.ready[number]
+        return waiting[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """The forward of one value_and_grad: hooks pushed by gathers inside are popped at its end."""
+    pushed: list[Any] = []
+    _SCOPES.append(pushed)
+    try:
+        yield
+    finally:
+        _SCOPES.pop()
+        for hooks in reversed(pushed):
+            hooks.__exit__(None, None, None)
+
+
+def regather(out: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
+    """Ask that `out` be saved as the recipe `again`, which gathers it anew."""
+    if not _SCOPES:
+        return
+    if not _SCOPES[-1]:
+        hooks = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+        hooks.__enter__()
+        _SCOPES[-1].append(hooks)
+    recipe = _Recipe(again)
+    for number, tensor in enumerate(out):
+        storage = tensor.untyped_storage()
+        known = _RECIPES.get(storage._cdata)
+        if known is None or known[0] is not recipe:
+            known = _RECIPES[storage._cdata] = recipe, number
+            weakref.finalize(storage, _RECIPES.pop, storage._cdata, None)
+        recipe.shares[known[1]] = recipe.shares.get(known[1], 0) + 1
+
+
+def _pack(tensor: Tensor) -> Any:
+    found = _RECIPES.get(tensor.untyped_storage()._cdata)
+    if found is None:
+        return tensor
+    return *found, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    recipe, number, size, stride, offset = saved
+    return recipe.take(number).as_strided(size, stride, offset)

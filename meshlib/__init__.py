@@ -1,0 +1,1 @@
+"""Who computes: meshes, transports, records of communication, random bits, errors."""

@@ -1,0 +1,423 @@
+"""From a call to its result: one dict lookup on the operands' interned types, then the local torch call.
+
+An `Op` is a name, a factor rule and a local function. On the first call with given types the planner decides
+and the result is kept as a `Prepared`; later calls find it. A call whose plan converts nothing touches no
+autograd Function and no context.
+
+`rule(shapes, *static)` gives the Rule; `local(info)` gives the function that runs on local tensors, or one
+function per held shard where the result depends on the block's place. `protocol(operands, static)` runs instead
+where a blocked factor is cut: a few other ops that exchange statistics only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts.layout import Layout, LayoutLike, resolve, with_state
+from ..layouts.place import constant
+from ..layouts.reshard import Route, find_route, follow
+from ..layouts.sharded import TORCH, ShardedTensor, Type, install, make_type
+from ..meshlib import record
+from ..meshlib.errors import LayoutError, MeshError, word
+from ..meshlib.mesh import Mesh
+from ..meshlib.source import user_line
+from .choices import refuse
+from .planner import CHEAPEST, Choice, Decision, decide
+from .rules import Rule
+
+Local = Callable[..., Any] | list[Callable[..., Any]]
+_grad_enabled = torch.is_grad_enabled
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a local function may depend on: the rule, the static arguments, and where each block lies."""
+
+    rule: Rule
+    static: tuple[Any, ...]
+    mesh: Mesh
+    kinds: tuple[Type, ...]  # of the operands, after their conversions
+    decision: Decision
+
+    def size(self, factor: str) -> int:
+        """Local size of a factor."""
+        return self.rule.sizes[factor] // self.mesh.group_size(self.axes(factor))
+
+    def axes(self, factor: str) -> tuple[str, ...]:
+        """The axes that cut a factor."""
+        return self.decision.orders.get(factor, ())
+
+    def offsets(self, factor: str) -> list[int]:
+        """Global index of the first local entry of a factor, per held shard."""
+        size = self.size(factor)
+        return [p * size for p in self.mesh.positions(self.axes(factor))]
+
+    def out_shape(self, number: int = 0) -> tuple[int, ...]:
+        """Local shape of a result."""
+        return tuple(math.prod(self.size(f) for f in dim) for dim in self.rule.outputs[number])
+
+
+class Prepared:
+    """A planned call: conversions of the operands, the local function, the results' types."""
+
+    __slots__ = ("fn", "fns", "moves", "op", "out_routes", "outs", "plain", "protocol", "why")
+
+    op: Op
+    moves: tuple[Route, ...] | None  # None: no operand is converted
+    fn: Callable[..., Any]
+    fns: list[Callable[..., Any]] | None
+    outs: tuple[Type, ...] | None  # of the results before out_routes; known after the first run
+    out_routes: tuple[Route, ...] | None
+    protocol: bool
+    plain: Type | None  # the result's type where nothing but the local call is needed
+    why: record.Why
+
+
+class Op:
+    """One op: its rule and local function, and the calls prepared so far."""
+
+    def __init__(
+        self,
+        name: str,
+        rule: Callable[..., Rule],
+        local: Callable[[Info], Local],
+        *,
+        protocol: Callable[..., Any] | None = None,
+        differentiable: bool = True,
+        flops: Callable[[Info], float] | None = None,
+    ) -> None:
+        self.name = name
+        self.rule = rule
+        self.local = local
+        self.protocol = protocol
+        self.differentiable = differentiable
+        self.flops = flops
+        self.cache: dict[Any, Prepared] = {}
+        self.fast: dict[Any, Prepared] = {}  # the same, under the short keys of unary and binary calls
+
+    def __call__(
+        self,
+        operands: Sequence[Any],
+        static: tuple[Any, ...] = (),
+        out: LayoutLike | None = None,
+        over: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Run the op. Operands are ShardedTensors, plain tensors (constants) or numbers."""
+        if out is not None and isinstance(out, Tensor | ShardedTensor):
+            raise TypeError(
+                f"{self.name}: out= names the result's layout here, a string; nothing is written in place"
+            )
+        key = (
+            static,
+            out,
+            tuple(over.items()) if over else None,
+            _grad_enabled(),
+            CHEAPEST.get(),
+            *[x._type if type(x) is ShardedTensor else type(x) for x in operands],
+        )
+        prepared = self.cache.get(key)
+        if prepared is None:
+            if any(isinstance(x, Tensor) for x in operands):
+                like = next(x for x in operands if isinstance(x, ShardedTensor))
+                return self(
+                    [constant(x, like) if isinstance(x, Tensor) else x for x in operands],
+                    static,
+                    out,
+                    over,
+                )
+            prepared = self.prepare(operands, static, out, over)
+            result = self.run(prepared, operands, static)
+            self.cache[key] = prepared
+            return result
+        return self.run(prepared, operands, static)
+
+    def prepare(
+        self,
+        operands: Sequence[Any],
+        static: tuple[Any, ...],
+        out: LayoutLike | None,
+        over: Mapping[str, str] | None,
+    ) -> Prepared:
+        """Plan a call whose types were not seen before."""
+        tensors = [x for x in operands if isinstance(x, ShardedTensor)]
+        kinds = [x._type for x in tensors]
+        mesh = kinds[0].mesh
+        for number, kind in enumerate(kinds):
+            if kind.mesh is not mesh:
+                raise MeshError(
+                    word(
+                        f"operands 0 and {number} lie on two meshes, {mesh} and {kind.mesh}"
+                        "\nmove one: sw.reshard(x, layout, mesh=...)",
+                        op=self.name,
+                        source=user_line(),
+                        operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],
+                    )
+                )
+        if len({k.layout.memory for k in kinds}) > 1 and any(k.shape for k in kinds):
+            raise LayoutError(
+                word(
+                    "operands lie in different memories\nmove one: sw.reshard(x, '... @host') or back",
+                    op=self.name,
+                    source=user_line(),
+                    operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],
+                )
+            )
+        try:
+            rule = self.rule([k.shape for k in kinds], *static)
+        except ValueError as error:
+            if isinstance(error, LayoutError):
+                raise
+            raise ValueError(
+                word(
+                    str(error),
+                    op=self.name,
+                    source=user_line(),
+                    operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],
+                )
+            ) from None
+        enabled = _grad_enabled()
+        grads = [k.grad and enabled for k in kinds]
+        try:
+            decision = decide(
+                rule, kinds, grads, over=over, out=out, has_protocol=self.protocol is not None
+            )
+        except Choice as choice:
+            raise refuse(self.name, rule, tensors, grads, choice, out) from None
+        prepared = Prepared()
+        prepared.op = self
+        prepared.protocol = bool(decision.blocked)
+        prepared.moves = decision.routes if any(decision.routes) else None
+        prepared.why = "cheapest" if CHEAPEST.get() else "out" if (out or over) else "planned"
+        prepared.outs = prepared.plain = None
+        prepared.fns = None
+        prepared.out_routes = None
+        if not prepared.protocol:
+            after = tuple(
+                k.with_layout(t) for k, t in zip(kinds, decision.targets, strict=True)
+            )
+            local = self.local(Info(rule, static, mesh, after, decision))
+            if isinstance(local, list):
+                prepared.fns = local
+            else:
+                prepared.fn = local
+            prepared.outs = self._types(prepared, rule, kinds, decision, operands)
+        else:
+            prepared.outs = ()
+        prepared.out_routes = self._out_routes(prepared, rule, decision, out, mesh)
+        return prepared
+
+    def _types(
+        self,
+        prepared: Prepared,
+        rule: Rule,
+        kinds: Sequence[Type],
+        decision: Decision,
+        operands: Sequence[Any],
+    ) -> tuple[Type, ...]:
+        """Types of the results: shapes and layouts from the plan, dtypes from one run on meta tensors."""
+        targets = iter(decision.targets)
+        sample = [
+            torch.empty(k.with_layout(next(targets)).local_shape, dtype=k.dtype, device="meta")
+            if (k := getattr(x, "_type", None)) is not None
+            else x
+            for x in operands
+        ]
+        fn = prepared.fns[0] if prepared.fns else prepared.fn
+        with torch.no_grad():
+            made = fn(*sample)
+        results = made if isinstance(made, tuple) else (made,)
+        grad = self.differentiable and _grad_enabled() and any(k.grad for k in kinds)
+        return tuple(
+            make_type(
+                kinds[0].mesh,
+                layout,
+                tuple(math.prod(rule.sizes[f] for f in dim) for dim in dims),
+                value.dtype,
+                grad and (value.dtype.is_floating_point or value.dtype.is_complex),
+            )
+            for layout, dims, value in zip(decision.outputs, rule.outputs, results, strict=True)
+        )
+
+    def _out_routes(
+        self,
+        prepared: Prepared,
+        rule: Rule,
+        decision: Decision,
+        out: LayoutLike | None,
+        mesh: Mesh,
+    ) -> tuple[Route, ...] | None:
+        """Conversions of the results: to `out`, and of integer sums, which cannot stay unreduced."""
+        routes: list[Route] = []
+        for number, kind in enumerate(prepared.outs or ()):
+            target = kind.layout
+            if out is not None and number == 0:
+                target = wanted(self.name, out, kind)
+            elif kind.layout.unreduced and not kind.dtype.is_floating_point and not kind.dtype.is_complex:
+                target = _settled(kind.layout)
+            route = find_route(kind, target)
+            if route is None:
+                raise LayoutError(f"{self.name}: no conversion leads from {kind} to '{target}'")
+            routes.append(route)
+        if prepared.protocol:
+            return None
+        if not any(routes):
+            if prepared.moves is None and len(prepared.outs or ()) == 1 and prepared.fns is None:
+                prepared.plain = (prepared.outs or (None,))[0]
+            return None
+        return tuple(routes)
+
+    def run(self, prepared: Prepared, operands: Sequence[Any], static: tuple[Any, ...]) -> Any:
+        """Run a prepared call."""
+        if record.LOGS:
+            with record.acting(self.name, prepared.why):
+                result = self._run(prepared, operands, static)
+                if not prepared.protocol:
+                    record.op(
+                        self.name,
+                        tuple(str(x) for x in operands if isinstance(x, ShardedTensor)),
+                        ", ".join(map(str, result)) if isinstance(result, tuple) else str(result),
+                    )
+                return result
+        return self._run(prepared, operands, static)
+
+    def _run(self, prepared: Prepared, operands: Sequence[Any], static: tuple[Any, ...]) -> Any:
+        if prepared.moves is not None:
+            operands = _converted(operands, prepared.moves)
+        if prepared.protocol:
+            assert self.protocol is not None
+            if record.LOGS:
+                with record.acting(why="statistics"):
+                    return self.protocol(operands, static)
+            return self.protocol(operands, static)
+        columns = [x._shards if type(x) is ShardedTensor else repeat(x) for x in operands]
+        if prepared.fns is None:
+            fn = prepared.fn
+            results = [fn(*row) for row in zip(*columns)]  # noqa: B905 - repeat() is endless
+        else:
+            results = [fn(*row) for fn, *row in zip(prepared.fns, *columns)]  # noqa: B905
+        outs = prepared.outs
+        assert outs is not None
+        if not isinstance(results[0], tuple):
+            return _finish(ShardedTensor(tuple(results), outs[0]), prepared, 0)
+        return tuple(
+            _finish(ShardedTensor(shards, outs[number]), prepared, number)
+            for number, shards in enumerate(zip(*results, strict=True))
+        )
+
+
+def _settled(layout: Layout) -> Layout:
+    """The layout with every owed sum reduced to replicated."""
+    for axis in layout.unreduced:
+        layout = with_state(layout, axis, "replicated")
+    return layout
+
+
+def _finish(x: ShardedTensor, prepared: Prepared, number: int) -> ShardedTensor:
+    if prepared.out_routes is None or not prepared.out_routes[number]:
+        return x
+    if record.LOGS:
+        with record.acting(why="out" if prepared.why == "out" else "planned"):
+            return follow(x, prepared.out_routes[number])
+    return follow(x, prepared.out_routes[number])
+
+
+def _converted(operands: Sequence[Any], moves: tuple[Route, ...]) -> list[Any]:
+    """Operands after their conversions; one that stands twice is converted once."""
+    done: dict[tuple[int, Route], ShardedTensor] = {}
+    routes = iter(moves)
+    result: list[Any] = []
+    for x in operands:
+        if type(x) is not ShardedTensor:
+            result.append(x)
+            continue
+        route = next(routes)
+        if route:
+            key = (id(x), route)
+            y = done.get(key)
+            if y is None:
+                y = done[key] = follow(x, route)
+            result.append(y)
+        else:
+            result.append(x)
+    return result
+
+
+def wanted(name: str, out: LayoutLike, kind: Type) -> Layout:
+    """The layout that `out` asks of a result."""
+    target = resolve(out, len(kind.shape), kind.layout, kind.shape, kind.mesh)
+    target.check(kind.shape, kind.mesh, f"{name}: out")
+    return target
+
+
+def unary(op: Op) -> Callable[[ShardedTensor], ShardedTensor]:
+    """A call with one operand and no arguments, at the least overhead."""
+    fast = op.fast
+
+    def call(x: ShardedTensor) -> ShardedTensor:
+        prepared = fast.get((x._type, _grad_enabled()))
+        if prepared is None or record.LOGS:
+            return _first(op, (x,), (x._type, _grad_enabled()))
+        shards = x._shards
+        fn = prepared.fn
+        if len(shards) == 1:
+            return ShardedTensor((fn(shards[0]),), prepared.plain)  # type: ignore[arg-type]
+        return ShardedTensor(tuple([fn(s) for s in shards]), prepared.plain)  # type: ignore[arg-type]
+
+    return call
+
+
+def binary(op: Op) -> Callable[[ShardedTensor, ShardedTensor], ShardedTensor]:
+    """A call with two ShardedTensors and no arguments, at the least overhead."""
+    fast = op.fast
+
+    def call(x: ShardedTensor, y: ShardedTensor) -> ShardedTensor:
+        key = (x._type, y._type, _grad_enabled())
+        prepared = fast.get(key)
+        if prepared is None or record.LOGS:
+            return _first(op, (x, y), key)
+        a, b = x._shards, y._shards
+        fn = prepared.fn
+        if len(a) == 1:
+            return ShardedTensor((fn(a[0], b[0]),), prepared.plain)  # type: ignore[arg-type]
+        return ShardedTensor(tuple([fn(s, t) for s, t in zip(a, b)]), prepared.plain)  # type: ignore[arg-type]  # noqa: B905
+
+    return call
+
+
+def _first(op: Op, operands: tuple[ShardedTensor, ...], key: Any) -> ShardedTensor:
+    """The general path; afterwards the short key leads to the plan where nothing needs converting."""
+    result = op(operands)
+    if not CHEAPEST.get():
+        general = ((), None, None, key[-1], False, *key[:-1])
+        prepared = op.cache.get(general)
+        if prepared is not None and prepared.plain is not None and not prepared.protocol:
+            op.fast[key] = prepared
+    return result  # type: ignore[no-any-return]
+
+
+def export(*functions: Any, methods: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Register a public function for torch's own functions and as methods of ShardedTensor."""
+
+    def register(ours: Any) -> Any:
+        for function in functions:
+            TORCH[function] = ours
+        for method in methods:
+            install(method, ours)
+            theirs = getattr(Tensor, method, None)
+            if theirs is not None:
+                TORCH.setdefault(theirs, ours)
+        return ours
+
+    return register
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether a value is a ShardedTensor."""
+    return isinstance(x, ShardedTensor)

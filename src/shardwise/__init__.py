@@ -1,0 +1,28 @@
+"""shardwise: sharded tensors with explicit layouts over named device meshes, for PyTorch.
+
+    mesh = sw.make_mesh({"data": 2, "tensor": 4})
+    x = sw.shard(torch.randn(64, 512), mesh, "batch/data embed")
+"""
+
+from . import layouts as layouts
+from . import meshlib as meshlib
+from . import ops as ops
+from .layouts import tree as tree
+from .layouts.layout import Layout as Layout
+from .layouts.place import from_callback as from_callback
+from .layouts.place import from_local as from_local
+from .layouts.place import full as full
+from .layouts.place import shard as shard
+from .layouts.place import zeros as zeros
+from .layouts.reshard import reshard as reshard
+from .layouts.sharded import ShardedTensor as ShardedTensor
+from .meshlib.errors import LayoutError as LayoutError
+from .meshlib.errors import MeshError as MeshError
+from .meshlib.mesh import Mesh as Mesh
+from .meshlib.mesh import make_mesh as make_mesh
+from .ops.planner import cheapest as cheapest
+from .ops.transforms.grad import grad as grad
+from .ops.transforms.grad import value_and_grad as value_and_grad
+from .ops.transforms.grad import vjp as vjp
+
+__version__ = "0.1.0"
