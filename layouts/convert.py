@@ -312,8 +312,9 @@ def convert(
 
 def _relabel(x: ShardedTensor, step: Step, after: Type, grad: bool) -> ShardedTensor:
     """A conversion that moves nothing: remembered on its source and its result, per grad mode."""
-    if not grad:
-        result = ShardedTensor(x._shards, after)
+    if not grad:  # under no_grad the result is a constant, as in torch
+        shards = tuple(s.detach() for s in x._shards) if x._type.grad else x._shards
+        result = ShardedTensor(shards, after)
     elif _functorch():
         return ShardedTensor(tuple(convert_shards(step, x._shards, record.context())), after)
     else:

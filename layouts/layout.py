@@ -67,7 +67,12 @@ class Layout:
             return text
         found = _PARSED.get((text, ndim))
         if found is None:
-            found = _PARSED[text, ndim] = resolve(text, ndim)
+            found = resolve(text, ndim)
+            if ndim is not None and found.ndim != ndim:
+                raise LayoutError(
+                    f"layout {text!r} speaks of {found.ndim} dims, but the tensor has {ndim}", kind="parse"
+                )
+            _PARSED[text, ndim] = found
         return found
 
     @property

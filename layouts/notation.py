@@ -76,6 +76,8 @@ def parse(text: str) -> Parsed:
             place = _PLACE.match(token)
             if place is None:
                 raise wrong(f"{token!r} is no place; write @host, @disk or @axis=0,-1")
+            if memory != "device" if place["memory"] else place["axis"] in at:
+                raise wrong(f"{token!r} is a second place of one kind")
             if place["memory"]:
                 memory = place["memory"]
             else:

@@ -342,7 +342,7 @@ def cut(value: Tensor, mesh: Mesh, layout: Layout) -> list[Tensor]:
     places = mesh.positions(owed)
     shards = []
     for coord, place in zip(mesh.held, places, strict=True):
-        block = value[layout.index(shape, mesh, coord)] if layout.ndim else value
+        block = value[layout.index(shape, mesh, coord)] if layout.ndim else value.view_as(value)
         shards.append(block if place == 0 else torch.zeros_like(block))
     return shards
 

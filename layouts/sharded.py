@@ -51,6 +51,9 @@ class Type:
         """The same tensor's type in another layout."""
         return make_type(self.mesh, layout, self.shape, self.dtype, self.grad if grad is None else grad)
 
+    def __deepcopy__(self, memo: Any) -> Type:
+        return self
+
     def __repr__(self) -> str:
         return str(self)
 
@@ -186,7 +189,7 @@ class ShardedTensor:
         """The value of a replicated or reduced scalar.
 
         Raises:
-            LayoutError: kind "unreduced" or "choice" where the local number is not the value.
+            LayoutError: kind "unreduced" or "meaningless" where the local number is not the value.
         """
         return scalar(self, "item")
 
@@ -249,10 +252,7 @@ class ShardedTensor:
         if name in ShardedTensor.__slots__ or name.startswith("__"):
             raise AttributeError(name)
         if hasattr(Tensor, name):
-            if name.endswith("_") and not name.endswith("__"):
-                raise TypeError(
-                    f"{name}: nothing is written in place; use x = x.{name.rstrip('_')}(...)"
-                )
+            _in_place(name)
             no_rule(name, [self])
         raise AttributeError(f"ShardedTensor has no attribute {name!r}")
 
@@ -262,11 +262,16 @@ class ShardedTensor:
     ) -> Any:
         ours = TORCH.get(func)
         if ours is None:
+            _in_place(getattr(func, "__name__", ""))
             tensors = [a for a in optree.tree_leaves(list(args)) if isinstance(a, ShardedTensor)]
             no_rule(getattr(func, "__name__", str(func)), tensors)
         return ours(*args, **(kwargs or {}))
 
 
+def _in_place(name: str) -> None:
+    """Raise for a torch name that writes into its argument."""
+    if name.endswith("_") and not name.endswith("__"):
+        raise TypeError(f"{name}: nothing is written in place; use x = x.{name.rstrip('_')}(...)")
 
 
 def install(name: str, method: Callable[..., Any]) -> None:
@@ -298,9 +303,12 @@ def scalar(x: ShardedTensor, what: str) -> Any:
             verdict = f"the value is still a sum over {sorted(layout.unreduced)}; each device holds a part"
         elif layout.varying:
             verdict = f"the value differs over {sorted(layout.varying)}; no one number stands for it"
+        elif x.numel() == 1:
+            verdict = f"the value is cut over {sorted(a for axes in layout.dims for a in axes)}"
         else:
             verdict = f"needs a scalar of one element, got {x.numel()}"
-        fix = "sw.reshard(x, '')." + ("item()" if what == "item" else "item()")
+        whole = notation.write(((),) * x.ndim, {})
+        fix = f'sw.reshard(x, "{whole}").item()'
         raise LayoutError(
             word(
                 verdict + (f"\nreduce it first: {fix}" if layout.unreduced else ""),

@@ -57,7 +57,7 @@ def partition(tree: Any, mask: Mask) -> tuple[Any, Any]:
     """Two trees of the same shape: leaves that the mask takes, and the rest; None elsewhere.
 
     >>> partition({"w": 1, "b": 2}, "w*")
-    ({'b': None, 'w': 1}, {'b': 2, 'w': None})
+    ({'w': 1, 'b': None}, {'w': None, 'b': 2})
     """
     paths, values, spec = optree.tree_flatten_with_path(tree, none_is_leaf=True)
     taken = [

@@ -149,14 +149,25 @@ def _start(device: str | torch.device | None) -> _Session:
         torch.cuda.set_device(where)
     if _on_one_machine():
         env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    attempt, timeout = _attempt(), _timeout()
-    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-    store.set_timeout(timeout)
+    attempt = _attempt()
+    store, rank, size = _meet()
     store = c10d.PrefixStore(f"sw/{env.get('TORCHELASTIC_RUN_ID', 'none')}/{attempt}", store)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout())
     sys.excepthook = _ending(sys.excepthook)
     return _Session(Job(rank, size, where, attempt, backend), dist.group.WORLD, True)
+
+
+@cache
+def _meet() -> tuple[c10d.Store, int, int]:
+    """The launcher's store, this rank, the number of ranks.
+
+    Once per process: where rank 0 serves the store itself, a second one would need the port that
+    the first still holds, and the others could reach either.
+    """
+    found = next(iter(rendezvous("env://", timeout=_timeout())))
+    found[0].set_timeout(_timeout())
+    return found
 
 
 def _adopt(device: str | torch.device | None) -> _Session:

@@ -190,6 +190,9 @@ class Mesh:
     def __repr__(self) -> str:
         return f"mesh({', '.join(f'{name}={size}' for name, size in self.axes.items())})"
 
+    def __deepcopy__(self, memo: Any) -> Mesh:
+        return self
+
     def __reduce__(self) -> Any:
         raise TypeError("a Mesh belongs to this process; make it again with make_mesh(mesh.axes)")
 

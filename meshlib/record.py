@@ -117,6 +117,7 @@ class Log:
     gathers: dict[tuple[int, Axes, str], tuple[int, object]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     mesh: Mesh | None = None
+    memory: dict[str, int] = field(default_factory=dict)  # bytes per device by kind
 
 
 LOGS: list[Log] = []  # the open logs; empty in normal running, and then nothing below is called
@@ -220,6 +221,12 @@ def op(name: str, inputs: tuple[str, ...], output: str, flops: float = 0.0) -> N
     entry = OpRecord(name, by.source, inputs, output, flops, _PHASE.get())
     for log in LOGS:
         log.ops.append(entry)
+
+
+def holds(kind: str, size: int) -> None:
+    """Write how many bytes per device a kind of tensor takes (parameters, gradients)."""
+    for log in LOGS:
+        log.memory[kind] = max(log.memory.get(kind, 0), size)
 
 
 def moved_twice(key: tuple[int, Axes, str], what: str, owner: object) -> None:

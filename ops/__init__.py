@@ -12,3 +12,11 @@ for _room in _ROOMS:
             if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == _room.__name__
         }
     )
+
+# After the rooms: inside shard_map `permute` is the collective; torch's own stays the method x.permute(...).
+from .transforms.local import all_gather as all_gather  # noqa: E402
+from .transforms.local import all_reduce as all_reduce  # noqa: E402
+from .transforms.local import all_to_all as all_to_all  # noqa: E402
+from .transforms.local import axis_index as axis_index  # noqa: E402
+from .transforms.local import permute as permute  # noqa: E402
+from .transforms.local import reduce_scatter as reduce_scatter  # noqa: E402

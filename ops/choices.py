@@ -16,7 +16,7 @@ from ..layouts.reshard import Route, moved
 from ..layouts.sharded import ShardedTensor, Type, make_type, write_type
 from ..meshlib.errors import Fix, LayoutError, format_bytes, word
 from ..meshlib.source import Call, user_call
-from .planner import Choice, Decision, Spot, Unfit, after, elsewhere, lay_out, spots
+from .planner import Choice, Decision, Spot, Unfit, after, elsewhere, in_each_order, lay_out, spots
 from .rules import Rule
 
 MOST = 4  # fixes shown
@@ -35,7 +35,7 @@ def refuse(
     names = _names(call, operands)
     kinds = [x._type for x in operands]
     fixes = _fixes(name, rule, kinds, grads, choice, call, names)
-    verdict = f"axis {choice.axis!r} {_explain(rule, kinds, choice, names)}"
+    verdict = f"axis {choice.axis!r}{_explain(rule, kinds, choice, names)}"
     text = word(
         verdict,
         op=name,
@@ -57,7 +57,7 @@ def _names(call: Call, operands: Sequence[ShardedTensor]) -> list[str]:
 def _explain(rule: Rule, kinds: Sequence[Type], choice: Choice, names: Sequence[str]) -> str:
     """The verdict: which factors the axis cuts, in which operands."""
     if choice.why != "it is wanted twice":
-        return choice.why.replace("it ", "", 1) if choice.why.startswith("it ") else f": {choice.why}"
+        return choice.why.removeprefix("it") if choice.why.startswith("it ") else f": {choice.why}"
     parts = []
     for dims, kind, name in zip(rule.inputs, kinds, names, strict=True):
         spot = spots(dims, kind, rule.sizes).get(choice.axis, Spot("replicated"))
@@ -70,7 +70,7 @@ def _explain(rule: Rule, kinds: Sequence[Type], choice: Choice, names: Sequence[
                 if at
                 else f"the contracted factor of {name}"
             )
-    return f"is wanted twice: it cuts {', and '.join(dict.fromkeys(parts))}"
+    return f" is wanted twice: it cuts {', and '.join(dict.fromkeys(parts))}"
 
 
 def _fixes(
@@ -89,12 +89,14 @@ def _fixes(
     }
     found: list[tuple[float, int, Fix]] = []
     for combination in itertools.islice(itertools.product(*options.values()), 64):
+        modes = dict(zip(options, combination, strict=True))
         try:
-            decision = lay_out(rule, kinds, dict(zip(options, combination, strict=True)))
+            laid = [lay_out(rule, kinds, modes)]
         except Unfit:
-            continue
-        fix = _fix(name, rule, kinds, grads, decision, call, names)
-        found.append((fix.bytes, len(found), fix))
+            laid = list(in_each_order(rule, kinds, modes))
+        for decision in laid:
+            fix = _fix(name, rule, kinds, grads, decision, call, names)
+            found.append((fix.bytes, len(found), fix))
     found.sort(key=lambda item: item[:2])
     return list({fix.code: fix for _, _, fix in found}.values())[:MOST]
 

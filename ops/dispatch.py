@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..layouts.place import constant
 from ..layouts.reshard import Route, find_route, follow
 from ..layouts.sharded import TORCH, ShardedTensor, Type, install, make_type
 from ..meshlib import record
-from ..meshlib.errors import LayoutError, MeshError, word
+from ..meshlib.errors import LayoutError, MeshError, nearest, word
 from ..meshlib.mesh import Mesh
 from ..meshlib.source import user_line
 from .choices import refuse
@@ -67,9 +67,15 @@ class Info:
 class Prepared:
     """A planned call: conversions of the operands, the local function, the results' types."""
 
-    __slots__ = ("fn", "fns", "moves", "op", "out_routes", "outs", "plain", "protocol", "why")
+    __slots__ = (
+        "decision", "fn", "fns", "kinds", "moves", "out", "out_routes", "outs", "plain", "protocol",
+        "rule", "why",
+    )  # fmt: skip
 
-    op: Op
+    rule: Rule
+    kinds: Sequence[Type]
+    decision: Decision
+    out: LayoutLike | None
     moves: tuple[Route, ...] | None  # None: no operand is converted
     fn: Callable[..., Any]
     fns: list[Callable[..., Any]] | None
@@ -182,6 +188,9 @@ class Op:
                     operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],
                 )
             ) from None
+        if len(tensors) < len(operands):
+            rule = replace(rule, linear=_among_tensors(rule.linear, operands))
+        _check_over(self.name, over, rule, tensors)
         enabled = _grad_enabled()
         grads = [k.grad and enabled for k in kinds]
         try:
@@ -191,52 +200,33 @@ class Op:
         except Choice as choice:
             raise refuse(self.name, rule, tensors, grads, choice, out) from None
         prepared = Prepared()
-        prepared.op = self
         prepared.protocol = bool(decision.blocked)
         prepared.moves = decision.routes if any(decision.routes) else None
         prepared.why = "cheapest" if CHEAPEST.get() else "out" if (out or over) else "planned"
         prepared.outs = prepared.plain = None
         prepared.fns = None
         prepared.out_routes = None
+        prepared.rule, prepared.kinds, prepared.decision, prepared.out = rule, kinds, decision, out
+        if out is not None:
+            shape = [math.prod(rule.sizes[f] for f in dim) for dim in rule.outputs[0]]
+            wanted(self.name, out, decision.outputs[0], shape, mesh)
         if not prepared.protocol:
-            after = tuple(
-                k.with_layout(t) for k, t in zip(kinds, decision.targets, strict=True)
-            )
+            after = tuple(k.with_layout(t) for k, t in zip(kinds, decision.targets, strict=True))
             local = self.local(Info(rule, static, mesh, after, decision))
             if isinstance(local, list):
                 prepared.fns = local
             else:
                 prepared.fn = local
-            prepared.outs = self._types(prepared, rule, kinds, decision, operands)
-        else:
-            prepared.outs = ()
-        prepared.out_routes = self._out_routes(prepared, rule, decision, out, mesh)
         return prepared
 
-    def _types(
-        self,
-        prepared: Prepared,
-        rule: Rule,
-        kinds: Sequence[Type],
-        decision: Decision,
-        operands: Sequence[Any],
-    ) -> tuple[Type, ...]:
-        """Types of the results: shapes and layouts from the plan, dtypes from one run on meta tensors."""
-        targets = iter(decision.targets)
-        sample = [
-            torch.empty(k.with_layout(next(targets)).local_shape, dtype=k.dtype, device="meta")
-            if (k := getattr(x, "_type", None)) is not None
-            else x
-            for x in operands
-        ]
-        fn = prepared.fns[0] if prepared.fns else prepared.fn
-        with torch.no_grad():
-            made = fn(*sample)
-        results = made if isinstance(made, tuple) else (made,)
-        grad = self.differentiable and _grad_enabled() and any(k.grad for k in kinds)
-        return tuple(
+    def settle(self, prepared: Prepared, results: Sequence[Tensor]) -> tuple[Type, ...]:
+        """Types of the results, once their dtypes are seen; and the conversions that follow them."""
+        rule, decision = prepared.rule, prepared.decision
+        mesh = prepared.kinds[0].mesh
+        grad = self.differentiable and _grad_enabled() and any(k.grad for k in prepared.kinds)
+        outs = tuple(
             make_type(
-                kinds[0].mesh,
+                mesh,
                 layout,
                 tuple(math.prod(rule.sizes[f] for f in dim) for dim in dims),
                 value.dtype,
@@ -244,34 +234,23 @@ class Op:
             )
             for layout, dims, value in zip(decision.outputs, rule.outputs, results, strict=True)
         )
-
-    def _out_routes(
-        self,
-        prepared: Prepared,
-        rule: Rule,
-        decision: Decision,
-        out: LayoutLike | None,
-        mesh: Mesh,
-    ) -> tuple[Route, ...] | None:
-        """Conversions of the results: to `out`, and of integer sums, which cannot stay unreduced."""
         routes: list[Route] = []
-        for number, kind in enumerate(prepared.outs or ()):
+        for number, kind in enumerate(outs):
             target = kind.layout
-            if out is not None and number == 0:
-                target = wanted(self.name, out, kind)
-            elif kind.layout.unreduced and not kind.dtype.is_floating_point and not kind.dtype.is_complex:
-                target = _settled(kind.layout)
+            if prepared.out is not None and number == 0:
+                target = wanted(self.name, prepared.out, kind.layout, kind.shape, mesh)
+            elif target.unreduced and not (kind.dtype.is_floating_point or kind.dtype.is_complex):
+                target = _settled(target)  # a sum of integers cannot stay owed
             route = find_route(kind, target)
             if route is None:
                 raise LayoutError(f"{self.name}: no conversion leads from {kind} to '{target}'")
             routes.append(route)
-        if prepared.protocol:
-            return None
-        if not any(routes):
-            if prepared.moves is None and len(prepared.outs or ()) == 1 and prepared.fns is None:
-                prepared.plain = (prepared.outs or (None,))[0]
-            return None
-        return tuple(routes)
+        if any(routes):
+            prepared.out_routes = tuple(routes)
+        elif prepared.moves is None and len(outs) == 1 and prepared.fns is None:
+            prepared.plain = outs[0]
+        prepared.outs = outs
+        return outs
 
     def run(self, prepared: Prepared, operands: Sequence[Any], static: tuple[Any, ...]) -> Any:
         """Run a prepared call."""
@@ -302,14 +281,45 @@ class Op:
             results = [fn(*row) for row in zip(*columns)]  # noqa: B905 - repeat() is endless
         else:
             results = [fn(*row) for fn, *row in zip(prepared.fns, *columns)]  # noqa: B905
-        outs = prepared.outs
-        assert outs is not None
-        if not isinstance(results[0], tuple):
+        several = isinstance(results[0], tuple)
+        outs = prepared.outs or self.settle(prepared, results[0] if several else results[:1])
+        if not several:
             return _finish(ShardedTensor(tuple(results), outs[0]), prepared, 0)
         return tuple(
             _finish(ShardedTensor(shards, outs[number]), prepared, number)
             for number, shards in enumerate(zip(*results, strict=True))
         )
+
+
+def _among_tensors(positions: frozenset[int], operands: Sequence[Any]) -> frozenset[int]:
+    """Positions among all operands as positions among the sharded ones: `1 / u` is not linear in u."""
+    places = [i for i, x in enumerate(operands) if isinstance(x, ShardedTensor)]
+    return frozenset(number for number, i in enumerate(places) if i in positions)
+
+
+def _check_over(
+    name: str, over: Mapping[str, str] | None, rule: Rule, operands: Sequence[ShardedTensor]
+) -> None:
+    """Raise unless `over` names axes of the mesh and factors of the rule."""
+    if not over:
+        return
+    mesh = operands[0].mesh
+    mesh.check_axes(list(over))
+    for axis, mode in over.items():
+        if mode not in rule.sizes and mode not in ("replicated", "reduced"):
+            raise LayoutError(
+                word(
+                    f"over= names {mode!r} for axis {axis!r}, but the op has no such factor"
+                    + nearest(mode, [*rule.sizes, "replicated"]),
+                    op=name,
+                    source=user_line(),
+                    operands=[(f"operand {i}", str(x)) for i, x in enumerate(operands)],
+                    mesh=mesh,
+                ),
+                kind="parse",
+                op=name,
+                source=user_line(),
+            )
 
 
 def _settled(layout: Layout) -> Layout:
@@ -349,10 +359,12 @@ def _converted(operands: Sequence[Any], moves: tuple[Route, ...]) -> list[Any]:
     return result
 
 
-def wanted(name: str, out: LayoutLike, kind: Type) -> Layout:
+def wanted(
+    name: str, out: LayoutLike, layout: Layout, shape: Sequence[int], mesh: Mesh
+) -> Layout:
     """The layout that `out` asks of a result."""
-    target = resolve(out, len(kind.shape), kind.layout, kind.shape, kind.mesh)
-    target.check(kind.shape, kind.mesh, f"{name}: out")
+    target = resolve(out, len(shape), layout, shape, mesh)
+    target.check(shape, mesh, f"{name}: out")
     return target
 
 

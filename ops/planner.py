@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +38,13 @@ from .rules import Dims, Rule
 
 Mode = str  # a factor, or one of STATES
 STATES = ("replicated", "reduced", "unreduced", "varying")
+LINK_BYTES, DEVICE_FLOPS = 2e11, 4e14  # per second: about an NVLink and an H100 in bf16
 CHEAPEST: ContextVar[bool] = ContextVar("cheapest", default=False)
 
 
 @contextmanager
 def cheapest() -> Any:
-    """Inside, choices take the route that moves the fewest bytes instead of raising; it is recorded.
+    """Inside, choices take the fastest route (bytes and FLOPs) instead of raising; it is recorded.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})
@@ -137,18 +138,20 @@ def decide(
         Choice: rule 4 applies and nothing settles it.
     """
     mesh = kinds[0].mesh
-    if all(not k.layout.axes for k in kinds) and out is None:
+    if all(not k.layout.axes for k in kinds) and out is None and not over:
         return _nothing(rule, kinds)
     where = [spots(d, k, rule.sizes) for d, k in zip(rule.inputs, kinds, strict=True)]
-    axes = sorted(set().union(*where), key=list(mesh.axes).index)
+    axes = sorted(set(over or ()).union(*where), key=list(mesh.axes).index)
     options: dict[str, list[Mode]] = {}
     problem: tuple[str, str] | None = None
     for axis in axes:
         named = (over or {}).get(axis)
-        if named is not None:
-            options[axis] = [named]
-            continue
-        mode, why = mode_of(axis, rule, where, grads, has_protocol)
+        if named in rule.blocked and not has_protocol:
+            mode, why = None, "the op needs that dim whole"
+        elif named is not None:
+            mode, why = named, ""
+        else:
+            mode, why = mode_of(axis, rule, where, grads, has_protocol)
         if mode is not None:
             options[axis] = [mode]
         else:
@@ -262,23 +265,38 @@ def _best(
     best: Decision | None = None
     least = math.inf
     failure: Unfit | None = None
+    several = math.prod(map(len, options.values())) > 1
     for combination in itertools.product(*options.values()):
+        modes = dict(zip(options, combination, strict=True))
         try:
-            found = lay_out(rule, kinds, dict(zip(options, combination, strict=True)))
+            laid = [lay_out(rule, kinds, modes)]
         except Unfit as unfit:
             failure = failure or unfit
-            continue
-        cost = found.moved
-        if out is not None and len(options) and math.prod(map(len, options.values())) > 1:
-            cost += _after(rule, found, kinds, out)
-        if cost < least:
-            best, least = found, cost
+            free = out is not None or CHEAPEST.get()
+            laid = list(in_each_order(rule, kinds, modes)) if free else []
+        for found in laid:
+            cost = found.moved
+            if out is not None and (several or len(laid) > 1):
+                cost += _after(rule, found, kinds, out)
+            if cost < least:
+                best, least = found, cost
     if best is None:
         if failure is None:
             axis = next(a for a, modes in options.items() if not modes)
             failure = Unfit(axis, "the op needs that dim whole")
         return failure
     return best
+
+
+def seconds(decision: Decision, rule: Rule, kinds: Sequence[Type]) -> float:
+    """A rough time: bytes over a fast link, plus two FLOPs per point of the factors' local space.
+
+    Only ratios matter here: a route that repeats work on every device must not look free.
+    """
+    mesh = kinds[0].mesh
+    cut = math.prod(mesh.group_size(axes) for axes in decision.orders.values())
+    points = math.prod(rule.sizes.values()) / cut
+    return bytes_of(kinds, decision) / LINK_BYTES + 2 * points / DEVICE_FLOPS
 
 
 def _favoured(
@@ -338,15 +356,32 @@ def after(layout: Layout, move: Any) -> Layout:
     return layout
 
 
-def lay_out(rule: Rule, kinds: Sequence[Type], modes: Mapping[str, Mode]) -> Decision:
+def in_each_order(
+    rule: Rule, kinds: Sequence[Type], modes: Mapping[str, Mode]
+) -> Iterator[Decision]:
+    """Where operands cut one factor in different orders: the decisions that follow each operand's."""
+    for lead in range(len(kinds)):
+        with suppress(Unfit):
+            yield lay_out(rule, kinds, modes, lead)
+
+
+def lay_out(
+    rule: Rule, kinds: Sequence[Type], modes: Mapping[str, Mode], lead: int | None = None
+) -> Decision:
     """Targets, routes and result layouts for one mode per axis.
+
+    Args:
+        rule: of the op.
+        kinds: of the operands.
+        modes: axis to mode.
+        lead: the operand whose order of axes wins; None refuses different orders.
 
     Raises:
         Unfit: an order of axes, an indivisible factor or a merged dim that has no layout.
     """
     mesh = kinds[0].mesh
     where = [spots(d, k, rule.sizes) for d, k in zip(rule.inputs, kinds, strict=True)]
-    orders = _orders(rule, kinds, where, modes, mesh)
+    orders = _orders(rule, kinds, where, modes, mesh, lead)
     targets: list[Layout] = []
     for number, (dims, kind) in enumerate(zip(rule.inputs, kinds, strict=True)):
         has = rule.factors(dims)
@@ -405,6 +440,7 @@ def _orders(
     where: Sequence[Mapping[str, Spot]],
     modes: Mapping[str, Mode],
     mesh: Mesh,
+    lead: int | None,
 ) -> dict[str, tuple[str, ...]]:
     """Per factor the axes that cut it, major to minor: the operands' own order, or Unfit."""
     orders: dict[str, tuple[str, ...]] = {}
@@ -416,14 +452,14 @@ def _orders(
         for spot, kind in zip(where, kinds, strict=True):
             ordered = [a for axes in kind.layout.dims for a in axes if a in mine]
             have.append([a for a in ordered if spot[a].factor == factor])
-        order = list(max(have, key=len))
+        order = list(max(have, key=len) if lead is None else have[lead])
         order += [a for other in have for a in other if a not in order]
         order = list(dict.fromkeys([*order, *mine]))
         for other in have:
-            if other != order[: len(other)] and all(
+            if lead is None and other != order[: len(other)] and all(
                 spot.get(a, Spot("replicated")).factor in (None, factor) for spot in where for a in mine
             ):
-                raise Unfit(other[0], f"the operands cut one dim in different orders: {other} and {order}")
+                raise Unfit(other[0], f"operands cut one dim in the orders {'/'.join(order)} and {'/'.join(other)}")
         over = math.prod(mesh.axes[a] for a in order)
         if rule.sizes[factor] % over:
             raise Unfit(

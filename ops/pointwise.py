@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..layouts.layout import LayoutLike
 from ..layouts.place import constant
-from ..layouts.sharded import ShardedTensor, install
+from ..layouts.sharded import TORCH, ShardedTensor, install
 from .dispatch import Info, Local, Op, binary, export, unary
 from .rules import Rule, make, pointwise
 
@@ -185,7 +185,10 @@ def _define_binary(name: str, function: Callable[..., Any]) -> Callable[..., Sha
         if type(x) is ShardedTensor and type(y) is ShardedTensor and out is None and over is None and not keywords:
             return fast(x, y)
         if joint:
-            x, y = _counted_once(x, y)
+            alpha = keywords.pop("alpha", 1)  # as an operand it may vary without a new plan
+            x, y = _counted_once(x, y if alpha == 1 else y * alpha)
+        elif y is None and name in ("eq", "ne"):
+            return name == "ne"  # type: ignore[return-value]  # as torch does
         return op((x, y), tuple(sorted(keywords.items())), out, over)
 
     call.__name__ = call.__qualname__ = name
@@ -219,8 +222,10 @@ _OPERATORS = {
 }  # fmt: skip
 for _operator, _name in _OPERATORS.items():
     _call = globals()[_name]
-    install(f"__{_operator}__", _call)
-    install(f"__r{_operator}__", lambda x, y, call=_call: call(y, x))
+    _reversed = lambda x, y, call=_call: call(y, x)  # noqa: E731
+    for _method, _function in ((f"__{_operator}__", _call), (f"__r{_operator}__", _reversed)):
+        install(_method, _function)
+        TORCH.setdefault(getattr(Tensor, _method, None), _function)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     install(f"__{_name}__", globals()[_name])
 ShardedTensor.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is elementwise, as in torch
@@ -264,12 +269,7 @@ def masked_fill(x: ShardedTensor, mask: Any, value: float) -> ShardedTensor:
     return where(mask, value, x)
 
 
-def _clamp_local(info: Info) -> Local:
-    low, high = info.static
-    return lambda x: torch.clamp(x, low, high)
-
-
-_CLAMP = Op("clamp", _rule(), _clamp_local)
+_CLAMP = Op("clamp", _rule(), lambda _: torch.clamp)  # bounds are operands: they may vary
 
 
 @export(torch.clamp, torch.clip, methods=["clamp", "clip"])
@@ -286,7 +286,7 @@ def clamp(
         if min is not None:
             x = globals()["maximum"](x, min)
         return x if max is None else globals()["minimum"](x, max, out=out, over=over)
-    return _CLAMP((x,), (min, max), out, over)
+    return _CLAMP((x, min, max), (), out, over)
 
 
 export(torch.clamp_min, methods=["clamp_min"])(lambda x, min: clamp(x, min))
@@ -299,15 +299,11 @@ _LERP = Op("lerp", _rule(), lambda _: torch.lerp)
 def lerp(x: Any, end: Any, weight: Any) -> ShardedTensor:
     """`x + weight * (end - x)`."""
     if isinstance(weight, int | float):
-        return _LERP_SCALAR((x, end), (float(weight),))
+        return _LERP_SCALAR((x, end, float(weight)))
     return _LERP((x, end, weight))
 
 
-_LERP_SCALAR = Op(
-    "lerp",
-    _rule(joint=True),
-    lambda info: lambda x, end: torch.lerp(x, end, info.static[0]),
-)
+_LERP_SCALAR = Op("lerp", _rule(joint=True), lambda _: torch.lerp)
 
 
 def _fused(name: str, combine: Callable[..., Any]) -> Any:
@@ -324,7 +320,13 @@ def _fused(name: str, combine: Callable[..., Any]) -> Any:
 addcmul = _fused("addcmul", operator.mul)
 addcdiv = _fused("addcdiv", operator.truediv)
 
-_CAST = Op("to", _rule(linear=(0,)), lambda info: lambda x: x.to(info.static[0]))
+
+def _cast_rule(shapes: Any, dtype: torch.dtype) -> Rule:
+    rounds = not (dtype.is_floating_point or dtype.is_complex)  # parts rounded to integers do not add up
+    return make("... -> ...", shapes, linear=() if rounds else (0,))
+
+
+_CAST = Op("to", _cast_rule, lambda info: lambda x: x.to(info.static[0]))
 
 
 @export(methods=["to", "type"])

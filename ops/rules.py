@@ -160,7 +160,7 @@ def sized(rule: Rule, shapes: Sequence[Shape]) -> Rule:
                 known = sizes.get(dim[0], 1)
                 if known != size and known != 1 and size != 1:
                     raise ValueError(f"sizes {known} and {size} do not fit (factor {dim[0]!r})")
-                sizes[dim[0]] = max(known, size) if size else size
+                sizes[dim[0]] = size if known == 1 else known
     inputs = tuple(
         tuple(
             () if len(dim) == 1 and size == 1 and sizes[dim[0]] != 1 else dim

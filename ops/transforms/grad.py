@@ -12,8 +12,7 @@ the axis. The value comes back replicated: one scalar all_reduce per unreduced a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import nullcontext
 from typing import Any
 
 import optree
@@ -24,96 +23,24 @@ from ...layouts import saving
 from ...layouts.convert import convert
 from ...layouts.layout import Layout, LayoutLike, resolve, with_state
 from ...layouts.reshard import reshard_one
-from ...layouts.sharded import ShardedTensor, Type, make_type
-from ...layouts.tree import items
+from ...layouts.sharded import ShardedTensor, make_type
 from ...meshlib import record
 from ...meshlib.errors import LayoutError, word
 from ...meshlib.source import user_line
+from .leaves import (
+    Inputs,
+    detached,
+    entering,
+    flat,
+    floats,
+    is_differentiable,
+    is_nested,
+    nested,
+    outside,
+    under_functorch,
+)
 
 Grads = LayoutLike | Any | Callable[[Any], Any] | None
-_DEPTH: ContextVar[int] = ContextVar("depth", default=0)
-_functorch = torch._C._are_functorch_transforms_active
-
-
-@contextmanager
-def nested() -> Any:
-    """Inside, gradients keep their own graph, so that an outer transform can differentiate them."""
-    token = _DEPTH.set(_DEPTH.get() + 1)
-    try:
-        yield
-    finally:
-        _DEPTH.reset(token)
-
-
-def is_nested() -> bool:
-    """Whether a gradient transform is already open around this call."""
-    return _DEPTH.get() > 0
-
-
-class Inputs:
-    """The differentiated leaves of some arguments: taken apart, made into fresh leaves, put together again."""
-
-    def __init__(self, tree: Any, names: str = "", layouts: Sequence[Layout | None] | None = None) -> None:
-        self.values, self.spec = optree.tree_flatten(tree, none_is_leaf=True)
-        self.paths = [path for path, _ in items(tree)]
-        self.live = [i for i, v in enumerate(self.values) if is_differentiable(v)]
-        self.layouts = layouts or [None] * len(self.values)
-
-    @property
-    def shards(self) -> list[Tensor]:
-        """The flat shards of all differentiated leaves."""
-        return [s for i in self.live for s in flat(self.values[i])]
-
-    def fresh(self) -> list[Tensor]:
-        """Leaves of a new graph; still part of the old one where that needs a gradient."""
-        return [s.view_as(s) if s.requires_grad else s.detach().requires_grad_() for s in self.shards]
-
-    def typed(self, shards: Sequence[Tensor]) -> Any:
-        """The arguments again, with these shards for the differentiated leaves."""
-        values = list(self.values)
-        at = iter(shards)
-        for i in self.live:
-            old = values[i]
-            if isinstance(old, Tensor):
-                values[i] = next(at)
-                continue
-            layout = self.layouts[i] or old.layout
-            kind = make_type(old.mesh, layout, old.shape, old.dtype, True)
-            new = ShardedTensor(tuple(next(at) for _ in old._shards), kind)
-            new._path = self.paths[i]
-            values[i] = new
-        return self.spec.unflatten(values)
-
-    def gradients(self, shards: Sequence[Tensor], keep: bool) -> list[Any]:
-        """One gradient per leaf, None for leaves that have none; layouts are the duals."""
-        found: list[Any] = [None] * len(self.values)
-        at = iter(shards)
-        for i in self.live:
-            old = self.values[i]
-            if isinstance(old, Tensor):
-                found[i] = next(at)
-                continue
-            layout = (self.layouts[i] or old.layout).dual
-            mine = tuple(next(at) for _ in old._shards)
-            if mine[0].shape != old.local_shape:
-                raise LayoutError(
-                    f"gradient of {self.paths[i]} has local shape {tuple(mine[0].shape)}, "
-                    f"expected {tuple(old.local_shape)} of {old}"
-                )
-            kind = make_type(old.mesh, layout, old.shape, mine[0].dtype, keep and mine[0].requires_grad)
-            found[i] = ShardedTensor(mine, kind)
-            found[i]._path = self.paths[i]
-        return found
-
-
-def is_differentiable(x: Any) -> bool:
-    """Floating tensors, sharded or plain."""
-    return isinstance(x, ShardedTensor | Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
-
-
-def flat(x: ShardedTensor | Tensor) -> tuple[Tensor, ...]:
-    """The shards of a value."""
-    return x._shards if isinstance(x, ShardedTensor) else (x,)
 
 
 def seeds(loss: ShardedTensor | Tensor) -> list[Tensor]:
@@ -214,67 +141,61 @@ def value_and_grad(
     """
 
     def differentiated(*args: Any, **kwargs: Any) -> Any:
-        picked = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+        picked = entering(args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums))
         asked = asked_layouts(picked, grads)
-        entry = [_entry(v, to) for v, to in zip(optree.tree_leaves(picked, none_is_leaf=True), asked, strict=True)]
-        inputs = Inputs(picked, layouts=entry)
-        keep = is_nested() or any(s.requires_grad for s in inputs.shards)
+        leaves = optree.tree_leaves(picked, none_is_leaf=True)
+        inputs = Inputs(picked, [_entry(v, to) for v, to in zip(leaves, asked, strict=True)])
+        keep = inputs.keep
 
-        def call(*shards: Tensor) -> tuple[Any, Any]:
+        def call(shards: Sequence[Tensor]) -> tuple[Any, Any]:
+            full = list(args)
             with nested(), torch.enable_grad(), saving.scope():
-                full = list(args)
                 back = inputs.typed(shards)
                 for i, value in [(argnums, back)] if isinstance(argnums, int) else zip(argnums, back, strict=True):
                     full[i] = value
                 result = f(*full, **kwargs)
-            loss, aux = result if has_aux else (result, None)
+            loss, aux = _pair(result) if has_aux else (result, None)
             check_loss(loss, "value_and_grad")
             return loss, aux
 
-        if _functorch():
-            box: list[Any] = []
-
-            def traced(*shards: Tensor) -> tuple[Tensor, ...]:
-                loss, aux = call(*shards)
-                box[:] = [loss, aux]
-                return flat(loss)
-
-            _, pull, box_aux = torch.func.vjp(lambda *s: (traced(*s), None), *inputs.shards, has_aux=True)
-            del box_aux
-            loss, aux = box
-            raw = list(pull(tuple(seeds(_outside(loss)))))
-            loss = _outside(loss)
-            aux = optree.tree_map(lambda v: _outside(v) if isinstance(v, ShardedTensor | Tensor) else v, aux, none_is_leaf=True)  # fmt: skip  # noqa: E501
-        else:
-            leaves = inputs.fresh()
-            loss, aux = call(*leaves)
-            with nested() if keep else _unnested():
-                raw = backward(flat(loss), leaves, seeds(loss), keep=keep)
-            if not keep:
-                aux = optree.tree_map(lambda v: v.detach() if isinstance(v, ShardedTensor | Tensor) else v, aux, none_is_leaf=True)  # fmt: skip  # noqa: E501
+        loss, aux, raw = (_pulled if under_functorch() else _backpropagated)(call, inputs, keep)
         value = reported(loss, keep)
-        found = [
-            _asked(g, to, dtype) for g, to in zip(inputs.gradients(raw, keep), asked, strict=True)
-        ]
+        found = [_asked(g, to, dtype) for g, to in zip(inputs.gradients(raw, keep), asked, strict=True)]
         gradient = inputs.spec.unflatten(found)
         return ((value, aux), gradient) if has_aux else (value, gradient)
 
     return differentiated
 
 
-@contextmanager
-def _unnested() -> Any:
-    yield
+Called = Callable[[Sequence[Tensor]], tuple[Any, Any]]
 
 
-def _outside(x: Any) -> Any:
-    """A value from inside a closed functorch level, one level up."""
-    unwrap = torch._C._functorch.get_unwrapped
-    if isinstance(x, ShardedTensor):
-        return ShardedTensor(
-            tuple(unwrap(s) if torch._C._functorch.is_gradtrackingtensor(s) else s for s in x._shards), x._type
-        )
-    return unwrap(x) if torch._C._functorch.is_gradtrackingtensor(x) else x
+def _backpropagated(call: Called, inputs: Inputs, keep: bool) -> tuple[Any, Any, list[Tensor]]:
+    """Loss, aux and the shards' gradients, by torch.autograd.grad."""
+    leaves = inputs.fresh()
+    loss, aux = call(leaves)
+    with nested() if keep else nullcontext():
+        raw = backward(flat(loss), leaves, seeds(loss), keep=keep)
+    return loss, aux if keep else detached(aux), raw
+
+
+def _pulled(call: Called, inputs: Inputs, keep: bool) -> tuple[Any, Any, list[Tensor]]:
+    """The same by torch.func.vjp, inside vmap and jvp."""
+    box: list[Any] = []
+
+    def traced(*shards: Tensor) -> tuple[Tensor, ...]:
+        box[:] = call(shards)
+        return flat(box[0])
+
+    _, pull = torch.func.vjp(traced, *inputs.shards)
+    loss, aux = outside(box[0]), outside(box[1])
+    return loss, aux, list(pull(tuple(seeds(loss))))
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"value_and_grad: with has_aux the function returns (loss, aux), got {type(result).__name__}")
+    return result
 
 
 def _asked(g: Any, to: Layout | None, dtype: torch.dtype | None) -> Any:
@@ -374,34 +295,34 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     >>> pull(sw.shard(torch.ones(4), x.mesh, "n/data"))[0].full_tensor()
     tensor([0., 2., 4., 6.])
     """
-    inputs = Inputs(primals)
-    keep = is_nested() or any(s.requires_grad for s in inputs.shards)
-    if _functorch():
-        kept: list[Any] = []
+    inputs = Inputs(entering(primals))
+    keep = inputs.keep
+    if under_functorch():
+        box: list[Any] = []
 
         def traced(*shards: Tensor) -> tuple[Tensor, ...]:
             with nested(), torch.enable_grad():
-                kept[:] = [f(*inputs.typed(shards))]
-            result = kept[0][0] if has_aux else kept[0]
-            return tuple(s for v in optree.tree_leaves(result) if is_differentiable(v) for s in flat(v))
+                box[:] = [f(*inputs.typed(shards))]
+            return tuple(s for v in floats(box[0][0] if has_aux else box[0]) for s in flat(v))
 
         _, pull_flat = torch.func.vjp(traced, *inputs.shards)
-        outer = optree.tree_map(_outside, kept[0])
-        result, aux = outer if has_aux else (outer, None)
-        pull_raw: Callable[[list[Tensor]], Sequence[Tensor]] = lambda cts: pull_flat(tuple(cts))  # noqa: E731
+        made = outside(box[0])
+        result, aux = made if has_aux else (made, None)
+
+        def pull_raw(cotangents: list[Tensor]) -> Sequence[Tensor]:
+            return pull_flat(tuple(cotangents))  # type: ignore[no-any-return]
     else:
         leaves = inputs.fresh()
         with nested(), torch.enable_grad():
             made = f(*inputs.typed(leaves))
         result, aux = made if has_aux else (made, None)
-        outputs = [s for v in optree.tree_leaves(result) if is_differentiable(v) for s in flat(v)]
+        outputs = [s for v in floats(result) for s in flat(v)]
 
         def pull_raw(cotangents: list[Tensor]) -> Sequence[Tensor]:
             return backward(outputs, leaves, cotangents, keep=keep, retain=True)
 
     def pullback(cotangents: Any) -> Any:
-        expected = [v for v in optree.tree_leaves(result) if is_differentiable(v)]
-        given = [c for c in optree.tree_leaves(cotangents)]
+        expected, given = floats(result), optree.tree_leaves(cotangents)
         if len(given) != len(expected):
             raise ValueError(f"vjp: {len(given)} cotangents for {len(expected)} outputs")
         for v, c in zip(expected, given, strict=True):
@@ -412,10 +333,5 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         raw = pull_raw([s for c in given for s in flat(c)])
         return inputs.spec.unflatten(inputs.gradients(raw, keep))
 
-    shown = result if keep else optree.tree_map(lambda v: v.detach() if isinstance(v, ShardedTensor | Tensor) else v, result)  # fmt: skip  # noqa: E501
+    shown, aux = (result, aux) if keep else (detached(result), detached(aux))
     return (shown, pullback, aux) if has_aux else (shown, pullback)
-
-
-def typed_like(shards: Sequence[Tensor], kind: Type) -> ShardedTensor:
-    """Shards read as a type; their dtype wins."""
-    return ShardedTensor(tuple(shards), make_type(kind.mesh, kind.layout, kind.shape, shards[0].dtype, kind.grad))

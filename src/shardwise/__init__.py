@@ -20,9 +20,25 @@ from .meshlib.errors import LayoutError as LayoutError
 from .meshlib.errors import MeshError as MeshError
 from .meshlib.mesh import Mesh as Mesh
 from .meshlib.mesh import make_mesh as make_mesh
+from .meshlib.record import Collective as Collective
+from .layouts.strategy import Precision as Precision
+from .layouts.strategy import Strategy as Strategy
+from .ops import nn as nn
+from .ops import random as random
+from .ops.nn import strategies as strategies
+from .ops.define import op as op
+from .ops.plan import Plan as Plan
+from .ops.plan import plan as plan
+from .ops.plan import record as record
 from .ops.planner import cheapest as cheapest
+from .ops.transforms.forward import hvp as hvp
+from .ops.transforms.forward import jvp as jvp
 from .ops.transforms.grad import grad as grad
 from .ops.transforms.grad import value_and_grad as value_and_grad
 from .ops.transforms.grad import vjp as vjp
+from .ops.transforms.local import shard_map as shard_map
+from .ops.transforms.shapes import check_stable as check_stable
+from .ops.transforms.shapes import eval_shape as eval_shape
+from .ops.transforms.vmap import vmap as vmap
 
 __version__ = "0.1.0"

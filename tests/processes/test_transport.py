@@ -1,17 +1,21 @@
-"""The distributed transport equals the simulated one; its errors reach every rank; it ends cleanly."""
+"""The distributed transport equals the simulated one, tells every rank of errors, ends cleanly."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import Outcome, environment, launch, report
 from torch import Tensor
 
@@ -23,6 +27,7 @@ from shardwise.meshlib.simulated import SimulatedTransport
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
 MOVED = (*DTYPES, torch.float8_e4m3fn, torch.int16, torch.complex64)  # moves only
+pytestmark = pytest.mark.processes
 GOLDEN = Path(__file__).parent / "golden"
 
 Call = Callable[[Any, Sequence[Tensor]], list[Tensor]]
@@ -75,23 +80,27 @@ def compare(mesh: Mesh, dtypes: Sequence[torch.dtype], layouts: Sequence[str]) -
     """Every collective over every order of axes: how many were compared, and which differ."""
     simulated = SimulatedTransport(mesh.axes)
     me = mesh.ranks.index(job().rank)
-    count, wrong = 0, []
+    count = 0
+    wrong: list[str] = []
     for axes, dtype, layout in itertools.product(orders(mesh.axes), dtypes, layouts):
         n = mesh.group_size(axes)
         xs = shards_for(mesh.size, n, dtype, layout)
-        before = xs[me].clone()
+        mine = xs[me].to(mesh.device)
+        before = mine.clone()
         for name, call in calls(axes, n, dtype):
             want = call(simulated, xs)[me]
-            (got,) = call(mesh.comm, [xs[me]])
+            (got,) = call(mesh.comm, [mine])
             count += 1
-            aliased = got.untyped_storage().data_ptr() == xs[me].untyped_storage().data_ptr()
-            if not same(got, want) or not same(xs[me], before) or aliased:
+            aliased = got.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()
+            if not same(got.cpu(), want) or not same(mine, before) or aliased:
                 wrong.append(f"{name} over {axes}, {dtype}, {layout}")
     return count, "; ".join(wrong)
 
 
-def everything(axes: dict[str, int], dtypes: list[str], layouts: list[str]) -> tuple[int, str]:
-    mesh = make_mesh(axes, device="cpu")
+def everything(
+    axes: dict[str, int], dtypes: list[str], layouts: list[str], device: str
+) -> tuple[int, str]:
+    mesh = make_mesh(axes, device=device)
     return compare(mesh, [getattr(torch, name) for name in dtypes], layouts)
 
 
@@ -108,8 +117,7 @@ STRIDES = ["plain", "transposed", "strided"]
     [
         ({"a": 2}, ALL, STRIDES),
         ({"a": 3}, ALL, STRIDES),
-        ({"a": 2, "b": 2}, ALL, ["plain"]),
-        ({"a": 2, "one": 1, "b": 2}, PLAIN, STRIDES),
+        ({"a": 2, "one": 1, "b": 2}, [*PLAIN, "bfloat16"], ["transposed"]),
         ({"a": 2, "b": 2, "c": 2}, PLAIN, ["plain"]),
     ],
     ids=str,
@@ -117,11 +125,16 @@ STRIDES = ["plain", "transposed", "strided"]
 def test_every_collective_equals_the_simulated_one(
     axes: dict[str, int], dtypes: list[str], layouts: list[str]
 ) -> None:
-    outcomes = launch(everything, math.prod(axes.values()), axes, dtypes, layouts)
-    for one in outcomes:
+    for one in launch(everything, math.prod(axes.values()), axes, dtypes, layouts, "cpu"):
         count, wrong = one.value
         assert wrong == ""
         assert count >= 9 * len(dtypes) * len(layouts)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
+def test_every_collective_on_nccl_equals_the_simulated_one() -> None:
+    for one in launch(everything, 2, {"a": 2}, ALL, STRIDES, "cuda"):
+        assert one.value[1] == ""
 
 
 def sub_meshes() -> dict[str, Any]:
@@ -236,24 +249,29 @@ def test_a_checked_mesh_raises_the_same_on_all_ranks(request: pytest.FixtureRequ
     assert found == golden.read_text()
 
 
-def lifetime(how: str) -> str:
+def lifetime(how: str, folder: str) -> str:
     """Start, leave and start again, or use the job that the user made; meshes work each time."""
-    import torch.distributed as dist
+
+    def init(name: str) -> None:
+        where = f"file://{folder}/{name}"
+        dist.init_process_group("gloo", where, rank=int(os.environ["RANK"]), world_size=2)
 
     if how == "user":
-        dist.init_process_group("gloo")
+        init("first")
     first = job()
     mesh = make_mesh({"a": 2}, device="cpu")
-    assert job("cpu") is first and make_mesh({"a": -1}, device="cpu") is mesh
+    assert job("cpu") is first
+    assert make_mesh({"a": -1}, device="cpu") is mesh
     with pytest.raises(MeshError, match="this job runs on cpu, not cuda:0"):
         job("cuda:0")
     shutdown()
     if how == "user":
         assert dist.is_initialized()
         dist.destroy_process_group()
-        dist.init_process_group("gloo")
+        init("second")
     again = make_mesh({"a": 2}, device="cpu")
-    assert again is not mesh and job().attempt != first.attempt
+    assert again is not mesh
+    assert job().attempt != first.attempt
     assert again.comm.all_reduce([torch.tensor(1)], ("a",))[0] == 2
     if how == "user":
         dist.destroy_process_group()
@@ -261,18 +279,14 @@ def lifetime(how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["ours", "user"])
-def test_a_job_can_be_left_and_started_again(how: str) -> None:
-    for one in launch(lifetime, 2, how, env={"TORCHELASTIC_RUN_ID": "lives"}):
+def test_a_job_can_be_left_and_started_again(how: str, tmp_path: Path) -> None:
+    for one in launch(lifetime, 2, how, str(tmp_path)):
         assert one.value == "gloo"
         assert one.err == ""
 
 
 def fails(how: str) -> None:
     """Rank 1 of three goes in some way while the others wait for it."""
-    import os
-    import signal
-    import time
-
     mesh = make_mesh({"a": 3}, device="cpu")
     x = torch.ones(8)
     mesh.comm.all_reduce([x], ("a",))
@@ -284,21 +298,22 @@ def fails(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exits":
             sys.exit(3)
-        time.sleep(6)  # twice the timeout
+        time.sleep(4)  # twice the timeout
     mesh.comm.all_gather([x], ("a",), 0)
     print("after")
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "bound"), [("raises", 1, 4), ("killed", -9, 4), ("exits", 3, 4), ("late", 1, 9)]
+    ("how", "code", "timeout"),
+    [("raises", 1, 100), ("killed", -9, 100), ("exits", 3, 100), ("late", 1, 2)],
 )
-def test_others_end_soon_after_a_rank_has_gone(how: str, code: int, bound: float) -> None:
-    env = {"SHARDWISE_TIMEOUT": "3"}
-    outcomes = launch(fails, 3, how, timeout=20, must_succeed=False, env=env)
+def test_others_end_soon_after_a_rank_has_gone(how: str, code: int, timeout: int) -> None:
+    env = {"SHARDWISE_TIMEOUT": str(timeout)}
+    outcomes = launch(fails, 3, how, must_succeed=False, env=env)
     gone, others = outcomes[1], (outcomes[0], outcomes[2])
     assert gone.code == code, report(outcomes)
     for one in others:
-        assert one.code == 1 and one.seconds < bound, report(outcomes)
+        assert one.code == 1, report(outcomes)  # and not None: killed 10 s after the first end
         assert one.out == "before\n"
         assert (
             "in all_gather over a of mesh(a=3): one of ranks 0-2 died, or came too late" in one.err
@@ -308,27 +323,40 @@ def test_others_end_soon_after_a_rank_has_gone(how: str, code: int, bound: float
 
 
 SCRIPT = """
-import torch
+import os, signal, sys, torch
 from shardwise.meshlib.mesh import make_mesh
 mesh = make_mesh({"a": -1}, device="cpu")
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+if sys.argv[1:] == ["dies"] and attempt == "0" and not mesh.is_first:
+    os.kill(os.getpid(), signal.SIGKILL)
 (total,) = mesh.comm.all_reduce([torch.ones(3)], ("a",))
-print(f"total {total.tolist()}\\n", end="")
+print(f"attempt {attempt} total {total.tolist()}\\n", end="")
 """
 
 
-def test_torchrun_starts_and_ends_without_a_word(tmp_path: Path) -> None:
-    script = tmp_path / "program.py"
+def torchrun(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "program.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(script)],
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", str(script), *args],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def test_torchrun_starts_and_ends_without_a_word(tmp_path: Path) -> None:
+    done = torchrun(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "total [2.0, 2.0, 2.0]\n" * 2
+    assert done.stdout == "attempt 0 total [2.0, 2.0, 2.0]\n" * 2
+
+
+def test_torchrun_restarts_a_job_of_which_a_process_was_killed(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "dies")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "attempt 1 total [2.0, 2.0, 2.0]\n" * 2
 
 
 def test_a_distributed_mesh_outside_a_job_says_how_to_start_one(

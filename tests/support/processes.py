@@ -206,7 +206,8 @@ def _run(home: Path, task: dict[str, Any]) -> None:
         return
     file = Path(task["file"])
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

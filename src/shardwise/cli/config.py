@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..layouts.notation import parse
+from ..layouts.strategy import OPTIONS
 from .reader import Check, ConfigError, Known, Rest, Rules, read_toml
 
 __all__ = ["Config", "ConfigError", "read_config"]
@@ -56,15 +57,16 @@ class Preset:
     def parse(text: str) -> Preset:
         """Read "name" or "name(axis, ...)"."""
         found = re.fullmatch(r"\s*(\w+)\s*(?:\(([\w\s,]*)\))?\s*", text)
-        axes = [axis.strip() for axis in found[2].split(",")] if found and found[2] else []
-        if not found or not all(axis.isidentifier() for axis in axes):
+        inside = found[2] if found else None
+        axes = () if inside is None else tuple(axis.strip() for axis in inside.split(","))
+        if found is None or not all(axis.isidentifier() for axis in axes):
             raise ValueError(f"{text!r} is no preset; write name or name(axis, ...)")
-        return Preset(found[1], tuple(axes))
+        return Preset(found[1], axes)
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """[run]: how long, where, how often to report. `<file>` in a string is the file's name, no suffix."""
+    """[run]: how long, where, how often to report; `<file>` is the file's name without suffix."""
 
     steps: Count
     seed: Seed = 0
@@ -91,14 +93,27 @@ class MeshTable:
 
 @dataclass(frozen=True)
 class StrategyTable:
-    """[strategy]: presets, joined left to right; then rows that replace theirs; then options."""
+    """[strategy]: presets, joined left to right; rows that replace theirs; options.
+
+    An option that is not given is the presets' own.
+    """
 
     preset: tuple[Preset, ...] = ()
-    save: Literal["gathered", "shard"] = "gathered"
-    recompute: Literal["none", "cheap", "all"] = "none"
+    save: Annotated[str, Known(OPTIONS["save"])] | None = None
+    matmul: Annotated[str, Known(OPTIONS["matmul"])] | None = None
+    attention: Annotated[str, Known(OPTIONS["attention"])] | None = None
+    order: Annotated[str, Known(OPTIONS["order"])] | None = None
+    tied: Annotated[str, Known(OPTIONS["tied"])] | None = None
+    recompute: Annotated[str, Known(OPTIONS["recompute"])] | None = None
     rest: Mapping[str, LayoutText] = field(default_factory=dict)
     compute: Mapping[str, LayoutText] = field(default_factory=dict)
     activations: Mapping[str, LayoutText] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Options that were given, by name: what `Strategy.replace` takes."""
+        given = ((name, getattr(self, name, None)) for name in OPTIONS)
+        return {name: value for name, value in given if value is not None}
 
 
 @dataclass(frozen=True)
@@ -120,9 +135,10 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class DataTable:
-    """[data]: the text, and how it is cut. `text` is relative to the file (in an override: to the shell).
+    """[data]: the text, and how it is cut.
 
-    `seq` is in tokens; `batch` in sequences, over all devices; `split` is the part for training.
+    `text` is relative to the file (in an override: to the shell); `seq` is in tokens; `batch`
+    in sequences, over all devices; `split` is the part for training.
     """
 
     text: Path
@@ -135,7 +151,7 @@ class DataTable:
 
 @dataclass(frozen=True)
 class OptimizerTable:
-    """[optimizer]: `warmup` and `decay` are in steps; `decay` not given means until the end of the run."""
+    """[optimizer]: `warmup` and `decay` in steps; without `decay` the rate falls until the end."""
 
     lr: Positive
     name: Literal["adamw"] = "adamw"
@@ -164,10 +180,24 @@ class Config:
 
 # Tables and keys of the file format that this version cannot honour.
 LATER = frozenset(
-    "zero memory pipeline checkpoint hardware strategy.layer strategy.matmul strategy.attention"
-    " strategy.order strategy.tied precision.master precision.rounding precision.fp8 model.load"
-    " model.preset model.pad optimizer.clip_value optimizer.ema optimizer.skip_nonfinite"
-    " optimizer.loss_scale".split()
+    {
+        "zero",
+        "memory",
+        "pipeline",
+        "checkpoint",
+        "hardware",
+        "strategy.layer",
+        "precision.master",
+        "precision.rounding",
+        "precision.fp8",
+        "model.load",
+        "model.preset",
+        "model.pad",
+        "optimizer.clip_value",
+        "optimizer.ema",
+        "optimizer.skip_nonfinite",
+        "optimizer.loss_scale",
+    }
 )
 
 # What must hold between keys: the keys, the condition, what to say (the first key is blamed).

@@ -40,7 +40,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Check:
-    """What else must hold for a value. `ok` may also raise a ValueError that says why it does not."""
+    """What else must hold for a value. `ok` may also raise a ValueError that says why not."""
 
     says: str
     ok: Callable[[Any], Any]
@@ -48,9 +48,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Known:
-    """The value is one of the names that the reader was given under `group`."""
+    """The value is one of these names; a string means those that the reader was given under it."""
 
-    group: str
+    names: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rest:
     """The field takes every key of its table that is no other field.
 
     Attributes:
-        schema: a field of the same table whose value names, in its `Known` group, the dataclass
+        schema: a field of the same table whose value is, by its `Known`, the name of the dataclass
             that these keys are fields of. Without it the field's own type says what they are.
     """
 
@@ -125,6 +125,7 @@ class _Reader:
         self.end = text.count("\n") + 1
         # Where a key stands, as (order, place); overrides come after the last line.
         self.places = {keys: (line, f"{path}:{line}") for keys, line in _lines(text)}
+        self.num_overrides = 0
         self.overridden: list[Keys] = []
         self.problems: list[tuple[int, str]] = []
 
@@ -132,8 +133,8 @@ class _Reader:
         """Put one "table.key=value" into `raw`."""
         name, equals, value = (part.strip() for part in text.partition("="))
         keys = _path_of(name)
-        self.overridden.append(keys)
-        place = (self.end + len(self.overridden), f"--set {text}")
+        self.num_overrides += 1
+        place = (self.end + self.num_overrides, f"--set {text}")
         if not keys or not equals:
             self.problems.append((place[0], f"{place[1]}: expected table.key=value"))
             return
@@ -144,6 +145,7 @@ class _Reader:
                 self.problems.append((place[0], f"{place[1]}: {_dotted(keys[:depth])} is no table"))
                 return
         table[keys[-1]] = _toml_or_text(value)
+        self.overridden.append(keys)
         self.places = {at: p for at, p in self.places.items() if at[: len(keys)] != keys}
         for depth in range(1, len(keys) + 1):
             self.places.setdefault(keys[:depth], place)
@@ -194,11 +196,23 @@ class _Reader:
                 what = "table" if isinstance(value, dict) else "key"
                 self._problem((*at, key), f"unknown {what}{nearest(key, known)}")
         elif schema := _extra(hints[rest], Rest).schema:
-            classes: Any = self.rules.known[_extra(hints[schema], Known).group]
+            classes: Any = self.rules.known[_extra(hints[schema], Known).names]
             chosen = classes.get(values.get(schema))
-            values[rest] = self._fields(chosen, left, at) if chosen else {}
+            values[rest] = self._built(chosen, left, at) if chosen else {}
         else:
             values[rest] = self._value(left, hints[rest], at)
+        return values
+
+    def _built(self, cls: Any, raw: Mapping[str, Any], at: Keys) -> dict[str, Any]:
+        """The fields of `cls` that are given, after a trial of its own checks on them."""
+        before = len(self.problems)
+        values = self._fields(cls, raw, at)
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
+        if len(self.problems) == before and required <= set(values):
+            try:
+                cls(**values)
+            except ValueError as error:
+                self._problem(at, str(error))
         return values
 
     def _value(self, value: Any, hint: Any, at: Keys) -> Any:
@@ -249,8 +263,11 @@ class _Reader:
         return parsed
 
     def _check(self, value: Any, extra: Any, at: Keys) -> None:
-        if isinstance(extra, Known) and value not in (known := self.rules.known[extra.group]):
-            self._problem(at, f"unknown value {value!r}{nearest(value, known)}")
+        if isinstance(extra, Known):
+            names = extra.names
+            known = self.rules.known[names] if isinstance(names, str) else names or ()
+            if value not in known:
+                self._problem(at, f"unknown value {value!r}{nearest(value, known)}")
         if isinstance(extra, Check):
             try:
                 if not extra.ok(value):
@@ -288,7 +305,7 @@ def _lines(text: str) -> Iterator[tuple[Keys, int]]:
         except tomllib.TOMLDecodeError:
             continue
         if statement.lstrip().startswith("["):
-            header = next(reversed([()] + list(_paths(found))))
+            header = list(_paths(found))[-1]
             paths = [header]
         else:
             paths = [header + keys for keys in _paths(found)]

@@ -115,7 +115,7 @@ def batches(data: Tensor, *, seq: int, batch: int, seed: int, step: int) -> dict
 
     >>> batch = batches(encode("to be or not to be"), seq=8, batch=2, seed=0, step=0)
     >>> [decode(row) for row in batch["tokens"]], [decode(row) for row in batch["labels"]]
-    (['or not t', 'be or no'], ['r not to', 'e or not'])
+    (['o be or ', 'not to b'], [' be or n', 'ot to be'])
     """
     starts = data.numel() - seq
     if starts < 1:

@@ -1,0 +1,56 @@
+"""FLOPs and peak bytes of what runs, counted under a dispatch mode; on meta tensors too.
+
+FLOPs come from torch's own registry of formulas. Bytes count each storage once, from its first use to the end
+of its life; workspace inside a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class Meter(TorchDispatchMode):
+    """Counts for all shards of this process together; divide by their number for one device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+        self.live = 0
+        self.peak = 0
+        self._seen: set[int] = set()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's storage from now on."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the op, then count it."""
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "overloadpacket", func))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self.hold(leaf)
+        return out

@@ -1,0 +1,174 @@
+"""Random tensors: values depend on the key and the GLOBAL index only.
+
+The same key gives the same initial weights and the same dropout mask on every mesh and every layout, on CPU
+and GPU: each device computes its own block (`meshlib/philox.py`). Keys are explicit; a key is used once, then
+split or folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts.layout import LayoutLike, make, resolve
+from ..layouts.place import from_callback
+from ..layouts.sharded import ShardedTensor
+from ..meshlib import philox
+from ..meshlib.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Key:
+    """A random key of 64 bits; a leaf of trees, kept in checkpoints."""
+
+    words: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"key({self.words[0]:08x}{self.words[1]:08x})"
+
+
+def key(seed: int) -> Key:
+    """The key of a seed.
+
+    >>> from shardwise import random
+    >>> random.key(0) == random.key(0), random.key(0) == random.key(1)
+    (True, False)
+    """
+    return Key(philox.seed(seed))
+
+
+def split(key: Key, n: int) -> list[Key]:
+    """`n` keys that are independent of each other and of `key`."""
+    return [Key(words) for words in philox.split(key.words, n)]
+
+
+def fold_in(key: Key, data: int | str) -> Key:
+    """A key made from a key and a number or a name: a step, a layer, a parameter's path."""
+    return Key(philox.fold_in(key.words, data))
+
+
+def _fill(
+    draw: Callable[..., Tensor],
+    key: Key,
+    shape: Sequence[int],
+    mesh: Mesh,
+    layout: LayoutLike,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> ShardedTensor:
+    """A tensor whose every block is drawn where it lies."""
+    size = tuple(int(n) for n in shape)
+    kind = dtype or torch.get_default_dtype()
+    return from_callback(
+        lambda index: draw(key.words, size, index, dtype=kind, device=mesh.device, **options),
+        size,
+        mesh,
+        resolve(layout, len(size), None, size, mesh),
+        dtype=kind,
+    )
+
+
+def normal(
+    key: Key,
+    shape: Sequence[int],
+    mesh: Mesh,
+    layout: LayoutLike = "...",
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> ShardedTensor:
+    """Normal numbers, equal on every mesh.
+
+    >>> import shardwise as sw
+    >>> one, four = sw.make_mesh({"data": 1}), sw.make_mesh({"data": 4})
+    >>> draw = lambda mesh: sw.random.normal(sw.random.key(7), (8, 3), mesh, "n/data d").full_tensor()
+    >>> bool((draw(one) == draw(four)).all())
+    True
+    """
+    return _fill(philox.normal, key, shape, mesh, layout, dtype, mean=mean, std=std)
+
+
+def truncated_normal(
+    key: Key,
+    shape: Sequence[int],
+    mesh: Mesh,
+    layout: LayoutLike = "...",
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> ShardedTensor:
+    """Normal numbers no further than two deviations from the mean."""
+    return _fill(philox.truncated_normal, key, shape, mesh, layout, dtype, mean=mean, std=std)
+
+
+def uniform(
+    key: Key,
+    shape: Sequence[int],
+    mesh: Mesh,
+    layout: LayoutLike = "...",
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> ShardedTensor:
+    """Uniform numbers in [low, high)."""
+    return _fill(philox.uniform, key, shape, mesh, layout, dtype, low=low, high=high)
+
+
+def randint(
+    key: Key,
+    shape: Sequence[int],
+    mesh: Mesh,
+    layout: LayoutLike = "...",
+    *,
+    low: int = 0,
+    high: int,
+    dtype: torch.dtype = torch.int64,
+) -> ShardedTensor:
+    """Integers in [low, high)."""
+    return _fill(philox.randint, key, shape, mesh, layout, dtype, low=low, high=high)
+
+
+def bernoulli(
+    key: Key, shape: Sequence[int], mesh: Mesh, layout: LayoutLike = "...", *, p: float = 0.5
+) -> ShardedTensor:
+    """True with probability `p`."""
+    return _fill(philox.bernoulli, key, shape, mesh, layout, torch.bool, p=p)
+
+
+def _where(x: ShardedTensor) -> LayoutLike:
+    """The layout of values drawn beside `x`: cut as it is, equal elsewhere."""
+    return make(x.layout.dims)
+
+
+def normal_like(key: Key, x: ShardedTensor) -> ShardedTensor:
+    """Standard normal numbers with the shape, cut dims and dtype of `x`."""
+    return normal(key, x.shape, x.mesh, _where(x), dtype=x.dtype)
+
+
+def categorical(key: Key, logits: ShardedTensor) -> ShardedTensor:
+    """One class per row, drawn with probabilities softmax(logits); the last dim, which may be cut.
+
+    Gumbel's maximum: every device draws the noise of its own classes; one draw for all devices.
+
+    >>> import torch, shardwise as sw
+    >>> logits = sw.shard(torch.tensor([[0.0, 100.0]]), sw.make_mesh({"tensor": 2}), "b v/tensor")
+    >>> sw.random.categorical(sw.random.key(0), logits).full_tensor()
+    tensor([1])
+    """
+    u = uniform(key, logits.shape, logits.mesh, _where(logits), dtype=torch.float64)
+    tiny = torch.finfo(torch.float64).tiny
+    noise = -torch.log(-torch.log(u + tiny) + tiny)  # type: ignore[call-overload]
+    return torch.argmax(logits.to(torch.float64) + noise, -1)  # type: ignore[call-overload, no-any-return]
+
+
+def permutation(key: Key, n: int) -> Tensor:
+    """A random order of 0 ... n-1, equal in every process."""
+    words = philox.uniform(key.words, (n,), (slice(0, n),), dtype=torch.float64)
+    return torch.argsort(words, stable=True)

@@ -1,0 +1,352 @@
+"""`shard_map`: local code with named collectives, and its way in and out.
+
+Inside, each argument is a ShardedTensor of *local* shape; an axis that cut it is in the state *varying*
+(`{V:axis}`): each device has its own value. States of other axes are kept. Types stay checked: what varies meets only
+what is equal on the devices, a varying scalar has no truth value, and a result that still varies over an
+axis that its layout does not cut is an error. Gradients follow the law of the states, so a sum is owed where one
+is owed and nothing is summed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import partial, wraps
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+
+from ...layouts.convert import convert, relabelled
+from ...layouts.layout import Layout, make, resolve
+from ...layouts.permute import permute_shards
+from ...layouts.reshard import reshard_one
+from ...layouts.sharded import ShardedTensor, make_type
+from ...meshlib import record
+from ...meshlib.errors import LayoutError, word
+from ...meshlib.mesh import Mesh
+from ...meshlib.source import user_line
+from .leaves import vary
+
+_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+def shard_map(f: Callable[..., Any] | None = None, *, in_layouts: Any, out_layouts: Any) -> Callable[..., Any]:
+    """A function of global ShardedTensors whose body is local code with named collectives.
+
+    The body runs once, for all devices of a simulated mesh too.
+
+    Args:
+        f: the body; left out, `shard_map` is a decorator.
+        in_layouts: the arguments' layouts, to which they are converted first; one for all, or a tree
+            prefix of the arguments. The mesh is read from the arguments.
+        out_layouts: the results' layouts, likewise. A result must vary over an axis that cuts it, or be
+            equal on its devices: then each gives its copy.
+
+    Returns:
+        A function of the same arguments, differentiable.
+
+    Cost: the conversions of the arguments to `in_layouts` and of the results' states; and what the body does.
+
+    Raises:
+        LayoutError: a result that varies over an axis that its layout does not cut.
+        TypeError: no ShardedTensor among the arguments.
+
+    >>> import torch, shardwise as sw
+    >>> mesh = sw.make_mesh({"data": 2})
+    >>> x = sw.shard(torch.arange(4.0), mesh, "n/data")
+    >>> @sw.shard_map(in_layouts="n/data", out_layouts="")
+    ... def largest(x):
+    ...     return sw.ops.all_reduce(x.sum(), "data")
+    >>> largest(x), largest(x).item()
+    (f32[] local[] on mesh(data=2), 6.0)
+    """
+    if f is None:
+        return partial(shard_map, in_layouts=in_layouts, out_layouts=out_layouts)
+
+    @wraps(f)
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = optree.tree_flatten(args, none_is_leaf=True)
+        mesh = next((x.mesh for x in leaves if isinstance(x, ShardedTensor)), None)
+        if mesh is None:
+            raise TypeError("shard_map: the mesh is read from the arguments, and none is a ShardedTensor")
+        outer = frozenset().union(*(x.layout.varying for x in leaves if isinstance(x, ShardedTensor)))
+        with record.acting("shard_map", "shard_map"):
+            given = [_enter(x, to) for x, to in zip(leaves, _prefix(in_layouts, args, "in_layouts"), strict=True)]
+        token = _MESH.set(mesh)
+        try:
+            result = f(*spec.unflatten(given), **kwargs)
+        finally:
+            _MESH.reset(token)
+        made, shape = optree.tree_flatten(result, none_is_leaf=True)
+        wanted = _prefix(out_layouts, result, "out_layouts")
+        with record.acting("shard_map", "shard_map"):
+            return shape.unflatten([_leave(y, to, outer) for y, to in zip(made, wanted, strict=True)])
+
+    return mapped
+
+
+def _prefix(layouts: Any, tree: Any, what: str) -> list[Any]:
+    """One layout per leaf of the tree."""
+    try:
+        return optree.broadcast_prefix(layouts, tree, none_is_leaf=True)
+    except ValueError as error:
+        raise ValueError(f"shard_map: {what} is no prefix of the tree: {error}") from None
+
+
+def _enter(x: Any, to: Any) -> Any:
+    """An argument as the body sees it: its block, varying over the axes that cut it."""
+    if not isinstance(x, ShardedTensor) or to is None:
+        return x
+    x = reshard_one(x, to)
+    old = x.layout
+    cut = frozenset(a for axes in old.dims for a in axes)
+    layout = make(((),) * x.ndim, old.unreduced, old.reduced, old.varying | cut, old.memory, old.at)
+    return relabelled(x, layout, x.local_shape)
+
+
+def _leave(y: Any, to: Any, outer: frozenset[str]) -> Any:
+    """A result as a block of the global tensor that its layout says."""
+    if not isinstance(y, ShardedTensor):
+        return y
+    if to is None:
+        raise ValueError(f"shard_map: out_layouts has None for a result, {y}")
+    now = y.layout
+    has = make(now.dims, now.unreduced, now.reduced, now.varying & outer, now.memory, now.at)
+    target: Layout = resolve(to, y.ndim, has, y.shape, y.mesh)
+    if target.ndim != y.ndim:
+        raise LayoutError(
+            f"shard_map: out layout '{target}' speaks of {target.ndim} dims, but the result is {y}", kind="parse"
+        )
+    cut = [a for axes in target.dims for a in axes]
+    y.mesh.check_axes(tuple(target.axes))
+    for axis in y.mesh.axes:
+        if axis not in cut and now.state(axis) == "varying" and axis not in outer:
+            raise _refused(y, target, axis, f"varies over {axis!r}, which '{target}' does not cut", (
+                f"ops.all_reduce(y, {axis!r})   its sum", f"ops.all_gather(y, {axis!r}, dim)   all of it"))  # fmt: skip
+        if axis in cut and now.state(axis) == "unreduced":
+            raise _refused(y, target, axis, f"is a sum over {axis!r}, by which '{target}' cuts it", (
+                f"ops.reduce_scatter(y, {axis!r}, dim)   its block of the sum",
+                f"ops.all_reduce(y, {axis!r})   the sum, on each device"))  # fmt: skip
+    y = vary(y, cut)
+    varying = frozenset(cut) | target.varying
+    inner = make(((),) * y.ndim, target.unreduced, target.reduced, varying, now.memory, now.at)
+    y = reshard_one(y, inner)
+    shape = [n * y.mesh.group_size(axes) for n, axes in zip(y.shape, target.dims, strict=True)]
+    return relabelled(y, target, shape)
+
+
+def _refused(y: ShardedTensor, target: Layout, axis: str, verdict: str, fixes: Sequence[str]) -> LayoutError:
+    listed = "".join(f"\n  {number}. {fix}" for number, fix in enumerate(fixes, 1))
+    return LayoutError(
+        word(
+            f"a result {verdict}",
+            op="shard_map",
+            source=user_line(),
+            operands=[("result", str(y)), ("out_layouts", str(target))],
+            mesh=y.mesh,
+        )
+        + f"\nbefore it is returned:{listed}",
+        op="shard_map",
+        source=user_line(),
+    )
+
+
+def _state(x: Any, axis: str, op: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless `x` is in one of these states over the axis."""
+    if not isinstance(x, ShardedTensor):
+        raise TypeError(f"{op}: expected a ShardedTensor, got {type(x).__name__}")
+    x.mesh.check_axes((axis,))
+    state = x.layout.state(axis)
+    if state in allowed:
+        return
+    what = f"cuts its dim {state}" if isinstance(state, int) else f"leaves it {state}"
+    hint = "use sw.reshard outside of shard_map" if isinstance(state, int) else "every device has the same value"
+    if state == "unreduced":
+        hint = f"sum it with ops.all_reduce(x, {axis!r}) or ops.reduce_scatter"
+    raise LayoutError(
+        word(
+            f"x must be {' or '.join(allowed)} over {axis!r}, but the axis {what}\n{hint}",
+            op=op,
+            source=user_line(),
+            operands=[("x", str(x))],
+        ),
+        op=op,
+        source=user_line(),
+    )
+
+
+def _dim(x: ShardedTensor, dim: int, op: str) -> int:
+    if not -x.ndim <= dim < x.ndim:
+        raise IndexError(f"{op}: dim {dim} is out of range for {x}")
+    return dim % x.ndim
+
+
+def _as_cut(x: ShardedTensor, axis: str, dim: int) -> ShardedTensor:
+    """What varies over the axis, read as blocks along a dim."""
+    old = x.layout
+    dims = (*old.dims[:dim], (*old.dims[dim], axis), *old.dims[dim + 1 :])
+    layout = make(dims, old.unreduced, old.reduced, old.varying - {axis}, old.memory, old.at)
+    n = x.mesh.axes[axis]
+    return relabelled(x, layout, (*x.shape[:dim], x.shape[dim] * n, *x.shape[dim + 1 :]))
+
+
+def _as_varying(x: ShardedTensor, axis: str) -> ShardedTensor:
+    """Blocks along a dim, read as each device's own value."""
+    dim = x.layout.state(axis)
+    assert isinstance(dim, int)
+    old = x.layout
+    dims = tuple(tuple(a for a in axes if a != axis) for axes in old.dims)
+    layout = make(dims, old.unreduced, old.reduced, old.varying | {axis}, old.memory, old.at)
+    return relabelled(x, layout, (*x.shape[:dim], x.shape[dim] // x.mesh.axes[axis], *x.shape[dim + 1 :]))
+
+
+def all_gather(x: ShardedTensor, axis: str, dim: int) -> ShardedTensor:
+    """The values of all devices of an axis, one after another along a dim. Inside `shard_map`.
+
+    Args:
+        x: varying over `axis`, which has n devices.
+        axis: a mesh axis.
+        dim: becomes n times as long.
+
+    Returns:
+        Reduced over `axis`: equal on its devices, its gradient still to be summed.
+
+    Cost: (n-1)/n of the result's bytes per device. Gradient: reduce_scatter.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(4.0), sw.make_mesh({"data": 2}), "n/data")
+    >>> f = lambda x: sw.ops.all_gather(x, "data", 0)
+    >>> sw.shard_map(f, in_layouts="n/data", out_layouts="n {R:data}")(x)
+    f32[4]{R:data} local[4] on mesh(data=2)
+    """
+    _state(x, axis, "all_gather", ("varying",))
+    with record.acting("all_gather", "shard_map"):
+        return convert(_as_cut(x, axis, _dim(x, dim, "all_gather")), axis, "reduced")
+
+
+def all_reduce(x: ShardedTensor, axis: str, op: Literal["sum", "max", "min"] = "sum") -> ShardedTensor:
+    """The sum, maximum or minimum over the devices of an axis, replicated. Inside `shard_map`.
+
+    Args:
+        x: varying over `axis`; for a sum also unreduced. For "max" and "min" without gradient: `x.detach()`.
+        axis: a mesh axis of n devices.
+        op: what combines the values.
+
+    Cost: 2(n-1)/n of the bytes of `x` per device. Gradient of a sum: nothing moves.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(4.0), sw.make_mesh({"data": 2}), "n/data")
+    >>> f = lambda x: sw.ops.all_reduce(x, "data", op="max")
+    >>> sw.shard_map(f, in_layouts="n/data", out_layouts="n")(x).full_tensor()
+    tensor([2., 3.])
+    """
+    if op not in ("sum", "max", "min"):
+        raise ValueError(f"all_reduce: op must be 'sum', 'max' or 'min', got {op!r}")
+    _state(x, axis, "all_reduce", ("varying", "unreduced") if op == "sum" else ("varying",))
+    with record.acting("all_reduce", "shard_map"):
+        if op == "sum":
+            if x.layout.state(axis) == "varying":
+                x = convert(x, axis, "unreduced")
+            return convert(x, axis, "replicated")
+        if x._type.grad and torch.is_grad_enabled():
+            raise LayoutError(
+                f"all_reduce: op={op!r} has no gradient; pass x.detach(), got {x}", op="all_reduce"
+            )
+        if record.LOGS:
+            record.collective("all_reduce", x.mesh, (axis,), x._shards[0], record.context(), op)
+        shards = x.mesh.comm.all_reduce(x._shards, (axis,), op)
+    old = x.layout
+    layout = make(old.dims, old.unreduced, old.reduced, old.varying - {axis}, old.memory, old.at)
+    return ShardedTensor(tuple(shards), x._type.with_layout(layout, False))
+
+
+def reduce_scatter(x: ShardedTensor, axis: str, dim: int) -> ShardedTensor:
+    """Each device's own block, along a dim, of the sum over an axis. Inside `shard_map`.
+
+    Args:
+        x: varying or unreduced over `axis`, which has n devices.
+        axis: a mesh axis.
+        dim: becomes 1/n as long; n must divide it.
+
+    Returns:
+        Varying over `axis`.
+
+    Cost: (n-1)/n of the bytes of `x` per device. Gradient: all_gather.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(8.0), sw.make_mesh({"data": 2}), "n/data")
+    >>> f = lambda x: sw.ops.reduce_scatter(x, "data", 0)
+    >>> sw.shard_map(f, in_layouts="n/data", out_layouts="n/data")(x).full_tensor()
+    tensor([ 4.,  6.,  8., 10.])
+    """
+    _state(x, axis, "reduce_scatter", ("varying", "unreduced"))
+    with record.acting("reduce_scatter", "shard_map"):
+        if x.layout.state(axis) == "varying":
+            x = convert(x, axis, "unreduced")
+        return _as_varying(convert(x, axis, _dim(x, dim, "reduce_scatter")), axis)
+
+
+def all_to_all(x: ShardedTensor, axis: str, split_dim: int, concat_dim: int) -> ShardedTensor:
+    """Cut along one dim, send block j to device j, join what arrives along another. Inside `shard_map`.
+
+    Args:
+        x: varying over `axis`, which has n devices.
+        axis: a mesh axis.
+        split_dim: becomes 1/n as long; n must divide it.
+        concat_dim: another dim, becomes n times as long.
+
+    Cost: (n-1)/n of the bytes of `x` per device. Gradient: all_to_all, the dims exchanged.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(4.0).reshape(2, 2), sw.make_mesh({"data": 2}), "a/data b")
+    >>> f = lambda x: sw.ops.all_to_all(x, "data", 1, 0)
+    >>> sw.shard_map(f, in_layouts="a/data b", out_layouts="a b/data")(x)
+    f32[2 2/data] local[2 1] on mesh(data=2)
+    """
+    _state(x, axis, "all_to_all", ("varying",))
+    split, concat = _dim(x, split_dim, "all_to_all"), _dim(x, concat_dim, "all_to_all")
+    if split == concat:
+        raise ValueError(f"all_to_all: split_dim and concat_dim are the same dim, {split}")
+    with record.acting("all_to_all", "shard_map"):
+        return _as_varying(convert(_as_cut(x, axis, concat), axis, split), axis)
+
+
+def permute(x: ShardedTensor, axis: str, pairs: Sequence[tuple[int, int]]) -> ShardedTensor:
+    """Each device's value sent to another position of an axis; zeros where none arrives. Inside `shard_map`.
+
+    Args:
+        x: varying over `axis`.
+        axis: a mesh axis.
+        pairs: (source, target) positions; each sends once and receives once at most.
+
+    Cost: the bytes of `x` per device. Gradient: the inverse pairs.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(3.0), sw.make_mesh({"ring": 3}), "n/ring")
+    >>> f = lambda x: sw.ops.permute(x, "ring", [(i, (i + 1) % 3) for i in range(3)])
+    >>> sw.shard_map(f, in_layouts="n/ring", out_layouts="n/ring")(x).full_tensor()
+    tensor([2., 0., 1.])
+    """
+    _state(x, axis, "permute", ("varying",))
+    with record.acting("permute", "shard_map"):
+        return permute_shards(x, axis, pairs)
+
+
+def axis_index(axis: str) -> ShardedTensor:
+    """Each device's position on an axis: an int64 scalar, varying over it. Inside `shard_map`.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.zeros(3), sw.make_mesh({"data": 3}), "n/data")
+    >>> f = lambda x: x + sw.ops.axis_index("data")
+    >>> sw.shard_map(f, in_layouts="n/data", out_layouts="n/data")(x).full_tensor()
+    tensor([0., 1., 2.])
+    """
+    mesh = _MESH.get()
+    if mesh is None:
+        raise LayoutError("axis_index: there is no mesh to read here: call it inside sw.shard_map", op="axis_index")
+    mesh.check_axes((axis,))
+    where = mesh.shard_device
+    shards: list[Tensor] = [torch.tensor(p, dtype=torch.int64, device=where) for p in mesh.positions((axis,))]
+    return ShardedTensor(tuple(shards), make_type(mesh, make((), varying=frozenset((axis,))), (), torch.int64))
