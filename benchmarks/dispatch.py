@@ -75,7 +75,7 @@ def ours(mesh: sw.Mesh, grad: bool) -> tuple[object, ...]:
     made = operands(lambda t: sw.shard(t, mesh))
     if not grad:
         return made
-    from shardwise.ops.transforms.grad import Inputs
+    from shardwise.ops.transforms.leaves import Inputs
 
     inputs = Inputs(list(made))
     return tuple(inputs.typed(inputs.fresh()))

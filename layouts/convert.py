@@ -350,6 +350,5 @@ def _noted(x: ShardedTensor, step: Step, by: record.Context) -> record.Context:
 def relabelled(x: ShardedTensor, layout: Layout, shape: Sequence[int] | None = None) -> ShardedTensor:
     """The same shards read as another type: a reinterpretation, for shard_map and vmap only."""
     kind = x._type
-    return ShardedTensor(
-        x._shards, make_type(kind.mesh, layout, shape or kind.shape, kind.dtype, kind.grad)
-    )
+    sizes = kind.shape if shape is None else shape
+    return ShardedTensor(x._shards, make_type(kind.mesh, layout, sizes, kind.dtype, kind.grad))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,6 +23,8 @@ DUAL: dict[State, State] = {"unreduced": "reduced", "reduced": "unreduced"}
 _INTERNED: dict[tuple[object, ...], Layout] = {}
 _PARSED: dict[tuple[str, int | None], Layout] = {}
 _EMPTY: frozenset[str] = frozenset()
+# Axes of the dims that open vmaps map.
+MAPPED: ContextVar[frozenset[str]] = ContextVar("mapped", default=_EMPTY)
 
 
 class Layout:
@@ -219,8 +222,14 @@ def resolve(
     Without "..." an axis not mentioned is replicated. With it, the dims that it stands for and the axes
     that nobody mentions keep what they have in `has` (nothing, for a new tensor); an axis that the string
     names elsewhere leaves them. `.../axis` cuts the first of those dims that the axis divides, given
-    `shape` and `mesh`.
+    `shape` and `mesh`. Inside vmap an axis of the mapped dim is invisible: no string moves it.
     """
+    mapped = has.varying & MAPPED.get() if has is not None and has.varying else None
+    if mapped:
+        found = resolve(text, ndim, make(has.dims, has.unreduced, has.reduced), shape, mesh)  # type: ignore[union-attr]
+        for axis in mapped:
+            found = with_state(found, axis, "varying")
+        return found
     if isinstance(text, Layout):
         return text
     parsed = notation.parse(text)

@@ -1,8 +1,9 @@
-"""`permute_shards`: whole shards sent along mesh axes, for ring shifts and for changing the order of blocks.
+"""`permute_shards`: whole shards sent along mesh axes: ring shifts, blocks in another order.
 
-It changes the value, not the type: the shard of position s over the axes goes to position t for each pair
-(s, t), and where nothing arrives there are zeros. It is linear; its dual is the permutation with the pairs turned
-round, it is its own forward-mode derivative, and it commutes with vmap.
+It changes the value, not the type: the shard of position s over the axes goes to position t for
+each pair (s, t), and where nothing arrives there are zeros. It is linear; its dual is the
+permutation with the pairs turned round, it is its own forward-mode derivative, and it commutes
+with vmap.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def checked(mesh: Mesh, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Shift:
     for side in zip(*pairs, strict=True):
         if len(set(side)) != len(side) or any(not 0 <= p < n for p in side):
             raise ValueError(
-                f"permute: positions {list(side)} must differ and lie in 0..{n - 1} (axis {'/'.join(axes)})"
+                f"permute: positions {list(side)} must differ and lie in 0..{n - 1}, over {axes}"
             )
     return Shift(mesh, axes, tuple(sorted((int(s), int(t)) for s, t in pairs)))
 
@@ -101,16 +102,19 @@ class Permute(torch.autograd.Function):
         return tuple(permuted(shift, front, by, backward)), (0,) * len(shards)
 
 
-_apply = super(torch.autograd.Function, Permute).apply  # the C apply: no signature binding
+# The C apply, which skips the binding of the signature.
+_apply = super(torch.autograd.Function, Permute).apply  # type: ignore[misc]
 
 
 def permuted(
     shift: Shift, shards: Sequence[Tensor], by: record.Context | None, backward: bool = False
 ) -> Sequence[Tensor]:
-    """A differentiable permutation of shards; a node on every device, so that all meet in the backward."""
+    """A differentiable permutation: a node on every device, so that all meet in the backward."""
     if _functorch():
         return Permute.apply(shift, by, backward, *shards)  # type: ignore[no-any-return]
-    if (_grad_enabled() and any(s.requires_grad for s in shards)) or _forward_ad._current_level >= 0:
+    if (
+        _grad_enabled() and any(s.requires_grad for s in shards)
+    ) or _forward_ad._current_level >= 0:
         return _apply(shift, by, backward, *shards)  # type: ignore[no-any-return]
     return run(shift, shards, by, backward)
 
@@ -123,12 +127,14 @@ def permute_shards(
     Args:
         x: sharded or varying over each of the axes.
         axes: one axis, or several (major to minor) whose positions count as one.
-        pairs: (from, to) positions; no position stands twice on a side. Zeros where nothing arrives.
+        pairs: (from, to) positions; no position stands twice on a side. Zeros where nothing
+            arrives.
 
     Returns:
         Same type. A full permutation of a cut dim reorders its blocks.
 
-    Cost: the local elements per device, one step; nothing where every shard stays. Gradient: the pairs turned round.
+    Cost: the local elements per device, one step; nothing where every shard stays. Gradient: the
+    pairs turned round.
 
     Raises:
         LayoutError: an axis over which the shards are equal or parts of a sum.
@@ -142,7 +148,11 @@ def permute_shards(
     """
     names: Axes = (axes,) if isinstance(axes, str) else tuple(axes)
     shift = checked(x.mesh, names, pairs)
-    wrong = [a for a in names if not isinstance(x.layout.state(a), int) and x.layout.state(a) != "varying"]
+    wrong = [
+        a
+        for a in names
+        if not isinstance(x.layout.state(a), int) and x.layout.state(a) != "varying"
+    ]
     if wrong:
         raise LayoutError(
             word(

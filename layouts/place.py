@@ -19,7 +19,7 @@ from ..meshlib.errors import LayoutError, word
 from ..meshlib.mesh import Mesh
 from ..meshlib.source import user_line
 from .layout import Layout, LayoutLike, resolve
-from .reshard import cut
+from .reshard import check_dtype, cut
 from .sharded import ShardedTensor, make_type, wrap
 
 _CHECKED: set[tuple[str, Mesh]] = set()  # source lines whose values were compared between processes
@@ -57,6 +57,7 @@ def _shard(value: Any, mesh: Mesh, layout: LayoutLike) -> Any:
     value = torch.as_tensor(value).detach()
     to = resolve(layout, value.ndim, None, value.shape, mesh)
     to.check(value.shape, mesh, "shard")
+    check_dtype(value.dtype, to, "shard")
     where = mesh.shard_device
     if where.type == "meta":
         block = torch.empty(to.local_shape(value.shape, mesh), dtype=value.dtype, device="meta")
@@ -129,6 +130,7 @@ def from_local(
             kind="parse",
         )
     mesh.check_axes(list(to.axes))
+    check_dtype(first.dtype, to, "from_local")
     if mesh.transport == "distributed" and not mesh.is_outside:
         from ..meshlib.distributed import agree
 
@@ -169,6 +171,8 @@ def from_callback(
     """
     to = resolve(layout, len(shape), None, shape, mesh)
     to.check(shape, mesh, "from_callback")
+    if dtype is not None:
+        check_dtype(dtype, to, "from_callback")
     local = to.local_shape(shape, mesh)
     if mesh.shard_device.type == "meta":
         block = torch.empty(local, dtype=dtype or torch.float32, device="meta")

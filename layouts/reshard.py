@@ -24,7 +24,7 @@ from ..meshlib.source import user_line
 from ..meshlib.transport import Axes
 from .convert import LETTER, TABLE, Save, convert
 from .layout import Layout, LayoutLike, State, make, resolve, with_state
-from .sharded import HELPERS, ShardedTensor, Type, make_type
+from .sharded import DTYPES, HELPERS, ShardedTensor, Type, make_type
 
 Move = tuple[Axes, State]
 Route = tuple[Move, ...]
@@ -184,6 +184,7 @@ def reshard_one(
     if target is x.layout:
         return x
     target.check(x.shape, x.mesh, "reshard")
+    check_dtype(x.dtype, target, "reshard")
     device = make(target.dims, target.unreduced, target.reduced, target.varying, "device", target.at)
     if x.layout.memory != "device":
         x = _place(x, "device")
@@ -205,6 +206,15 @@ def reshard_one(
         else:
             x = follow(x, route, save, reduce_dtype)
     return x if target.memory == "device" else _place(x, target.memory)
+
+
+def check_dtype(dtype: torch.dtype, layout: Layout, what: str) -> None:
+    """Raise for integers of which a sum is owed: no op would ever take it."""
+    if layout.unreduced and not (dtype.is_floating_point or dtype.is_complex):
+        raise LayoutError(
+            f"{what}: {DTYPES.get(dtype, dtype)} tensors are replicated or sharded only, "
+            f"but layout '{layout}' is unreduced over {', '.join(sorted(layout.unreduced))}"
+        )
 
 
 def reshard(

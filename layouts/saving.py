@@ -57,12 +57,34 @@ def scope() -> Iterator[None]:
             hooks.__exit__(None, None, None)
 
 
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Gathers inside keep the whole: a checkpoint around them already decides what is saved."""
+    held = _SCOPES[:]
+    _SCOPES.clear()
+    try:
+        yield
+    finally:
+        _SCOPES[:] = held
+
+
+@contextmanager
+def under(hooks: Any) -> Iterator[None]:
+    """Other hooks, which ask `pack` and `unpack` first; gathers inside push none of their own."""
+    with hooks:
+        _SCOPES.append([hooks])
+        try:
+            yield
+        finally:
+            _SCOPES.pop()
+
+
 def regather(out: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> None:
     """Ask that `out` be saved as the recipe `again`, which gathers it anew."""
     if not _SCOPES:
         return
     if not _SCOPES[-1]:
-        hooks = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
         hooks.__enter__()
         _SCOPES[-1].append(hooks)
     recipe = _Recipe(again)
@@ -75,14 +97,16 @@ def regather(out: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> No
         recipe.shares[known[1]] = recipe.shares.get(known[1], 0) + 1
 
 
-def _pack(tensor: Tensor) -> Any:
+def pack(tensor: Tensor) -> Any:
+    """What is saved of a tensor: itself, or the recipe of a gather."""
     found = _RECIPES.get(tensor.untyped_storage()._cdata)
     if found is None:
         return tensor
     return *found, tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-def _unpack(saved: Any) -> Tensor:
+def unpack(saved: Any) -> Tensor:
+    """The tensor again."""
     if isinstance(saved, Tensor):
         return saved
     recipe, number, size, stride, offset = saved

@@ -106,6 +106,8 @@ class ShardedTensor:
 
     __slots__ = ("__weakref__", "_entry", "_memo", "_origin", "_path", "_shards", "_type")
 
+    __array_ufunc__ = None  # numpy leaves its operators to ours
+
     _shards: tuple[Tensor, ...]
     _type: Type
     _memo: dict[Any, tuple[Tensor, ...]]  # remembered casts: shards of the result
@@ -265,7 +267,10 @@ class ShardedTensor:
             _in_place(getattr(func, "__name__", ""))
             tensors = [a for a in optree.tree_leaves(list(args)) if isinstance(a, ShardedTensor)]
             no_rule(getattr(func, "__name__", str(func)), tensors)
-        return ours(*args, **(kwargs or {}))
+        if not kwargs:
+            return ours(*args)
+        # torch's wrappers spell out every default; None is each one's "not given"
+        return ours(*args, **{name: value for name, value in kwargs.items() if value is not None})
 
 
 def _in_place(name: str) -> None:

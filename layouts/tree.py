@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import optree
@@ -40,12 +41,17 @@ def items(tree: Any) -> list[tuple[str, Any]]:
     >>> items({"blocks": {"w_up": 1}, "norm": [2]})
     [('blocks.w_up', 1), ('norm.0', 2)]
     """
-    paths, values, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)
-    return [(".".join(_text(k) for k in path), value) for path, value in zip(paths, values, strict=True)]
+    values, spec = optree.tree_flatten(tree, none_is_leaf=True)
+    return list(zip(_paths(spec), values, strict=True))
 
 
-def _text(key: Any) -> str:
-    return str(getattr(key, "name", key))
+@lru_cache(maxsize=4096)
+def _paths(spec: Any) -> tuple[str, ...]:
+    """The path of each leaf: keys, indices, and the field names of NamedTuples."""
+    return tuple(
+        ".".join(str(key.field if isinstance(key, optree.NamedTupleEntry) else key.entry) for key in accessor)
+        for accessor in spec.accessors()
+    )
 
 
 def matches(mask: Mask, path: str, leaf: Any) -> bool:
@@ -59,11 +65,8 @@ def partition(tree: Any, mask: Mask) -> tuple[Any, Any]:
     >>> partition({"w": 1, "b": 2}, "w*")
     ({'w': 1, 'b': None}, {'w': None, 'b': 2})
     """
-    paths, values, spec = optree.tree_flatten_with_path(tree, none_is_leaf=True)
-    taken = [
-        matches(mask, ".".join(_text(k) for k in path), value)
-        for path, value in zip(paths, values, strict=True)
-    ]
+    values, spec = optree.tree_flatten(tree, none_is_leaf=True)
+    taken = [matches(mask, path, value) for path, value in zip(_paths(spec), values, strict=True)]
     kept = [v if t else None for v, t in zip(values, taken, strict=True)]
     rest = [None if t else v for v, t in zip(values, taken, strict=True)]
     return spec.unflatten(kept), spec.unflatten(rest)

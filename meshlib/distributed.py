@@ -155,7 +155,20 @@ def _start(device: str | torch.device | None) -> _Session:
     backend = "nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout())
     sys.excepthook = _ending(sys.excepthook)
-    return _Session(Job(rank, size, where, attempt, backend), dist.group.WORLD, True)
+    world = dist.group.WORLD
+    assert world is not None
+    _await_members(world, where)
+    return _Session(Job(rank, size, where, attempt, backend), world, True)
+
+
+def _await_members(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Return once all members have connected.
+
+    Otherwise one that has nothing to do with the group, and ends, would break the others' start.
+    NCCL connects at the first collective, so there is nothing to wait for.
+    """
+    if device.type == "cpu":
+        group.allreduce([torch.zeros(1)]).wait()
 
 
 @cache
@@ -210,7 +223,7 @@ def _ending(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def _process_group(ranks: tuple[int, ...], attempt: str) -> dist.ProcessGroup:
+def _process_group(ranks: tuple[int, ...], attempt: str, device: torch.device) -> dist.ProcessGroup:
     """The one group of these ranks, ascending; only its members call this, all of them.
 
     `dist.new_group(use_local_synchronization=True)` would put into the name how many groups the
@@ -239,6 +252,7 @@ def _process_group(ranks: tuple[int, ...], attempt: str) -> dist.ProcessGroup:
     finally:
         world.bound_device_id = bound
     _group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
+    _await_members(group, device)
     return group
 
 
@@ -399,7 +413,7 @@ class DistributedTransport:
         ranks = [self.ranks[i] for i in devices]
         by_rank = sorted(ranks)
         order = tuple(by_rank.index(rank) for rank in ranks)
-        pg = _process_group(tuple(by_rank), self._attempt)
+        pg = _process_group(tuple(by_rank), self._attempt, self.device)
         return _Group(pg, len(ranks), devices.index(self._me), order, by_rank == ranks)
 
     def _enter(self, kind: str, x: Tensor, axes: Axes, detail: str) -> _Group | None:

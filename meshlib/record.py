@@ -231,6 +231,8 @@ def holds(kind: str, size: int) -> None:
 
 def moved_twice(key: tuple[int, Axes, str], what: str, owner: object) -> None:
     """Warn when the same tensor is gathered or reduced a second time over the same axes."""
+    if _PHASE.get() == "recompute":  # the second run of a checkpoint is no mistake of the user's
+        return
     by = context() or Context()
     for log in LOGS:
         seen = log.gathers.get(key)

@@ -10,8 +10,11 @@ import ast
 import linecache
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, ModuleType
+
+import torch
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _INNER = tuple(
@@ -66,8 +69,9 @@ def user_line() -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-def user_call(count: int) -> Call:
-    """The user's expression that led here, if its source can be read and has `count` operands."""
+def user_call(operands: Sequence[object]) -> Call:
+    """The user's expression that led here, if its source can be read and shows these operands."""
+    count = len(operands)
     frame = user_frame()
     if frame is None:
         return Call("")
@@ -83,16 +87,20 @@ def user_call(count: int) -> Call:
     parts: list[ast.expr]
     if isinstance(node, ast.BinOp):
         parts = [node.left, node.right]
+    elif isinstance(node, ast.Compare) and len(node.comparators) == 1:
+        parts = [node.left, *node.comparators]
     elif isinstance(node, ast.UnaryOp):
         parts = [node.operand]
     elif isinstance(node, ast.Subscript):
         parts = [node.value]
     elif isinstance(node, ast.Call):
-        parts = [a for a in node.args if not isinstance(a, ast.Starred | ast.Constant)]
+        listed = [e for a in node.args for e in (a.elts if isinstance(a, ast.List | ast.Tuple) else [a])]
+        parts = [a for a in listed if not isinstance(a, ast.Starred | ast.Constant)]
         if isinstance(node.func, ast.Attribute) and len(parts) < count:
             parts.insert(0, node.func.value)
     else:
         return Call(line)
+    parts = [p for p in parts if not _is_another(p, frame, operands)]
     if len(parts) < count or "\n" in text:
         return Call(line)
     spans = tuple((p.col_offset, p.end_col_offset or 0) for p in parts[:count])
@@ -100,6 +108,22 @@ def user_call(count: int) -> Call:
         return Call(line)  # offsets are in bytes: do not guess
     names = tuple(text[a:b] for a, b in spans)
     return Call(line, text, names, spans, not isinstance(node, ast.Call))
+
+
+def _is_another(part: ast.expr, frame: FrameType, operands: Sequence[object]) -> bool:
+    """Whether a name stands for something that is no operand: a number, a flag, a module."""
+    if isinstance(part, ast.Attribute):
+        root = part.value
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if not isinstance(root, ast.Name):
+            return False
+        value = frame.f_locals.get(root.id, frame.f_globals.get(root.id))
+        return isinstance(value, ModuleType)
+    if not isinstance(part, ast.Name):
+        return False
+    value = frame.f_locals.get(part.id, frame.f_globals.get(part.id))
+    return all(value is not x for x in operands) and not isinstance(value, torch.Tensor)
 
 
 def _segment(filename: str, positions: tuple[int | None, ...]) -> str | None:

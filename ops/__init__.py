@@ -1,9 +1,26 @@
 """Ops: every torch function that has a rule, under torch's name, plus `out=` and `over=`."""
 
-from . import contract, pointwise, reduce
+from . import (
+    attention,
+    blocks,
+    broadcast,
+    contract,
+    einops,
+    extreme,
+    index,
+    join,
+    losses,
+    normalize,
+    ordered,
+    pointwise,
+    reduce,
+    scatter,
+    shape,
+    slicing,
+)
 from .audit import audit as audit
 
-_ROOMS = (pointwise, contract, reduce)
+_ROOMS = (pointwise, contract, reduce, shape, broadcast, join, slicing, blocks, index, scatter, einops, extreme, normalize, attention, ordered, losses)
 for _room in _ROOMS:
     globals().update(
         {

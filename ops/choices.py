@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from ..layouts.convert import DUAL, LETTER, TABLE
 from ..layouts.layout import Layout, LayoutLike, with_state
-from ..layouts.reshard import Route, moved
+from ..layouts.reshard import Route, find_route, moved
 from ..layouts.sharded import ShardedTensor, Type, make_type, write_type
 from ..meshlib.errors import Fix, LayoutError, format_bytes, word
 from ..meshlib.source import Call, user_call
-from .planner import Choice, Decision, Spot, Unfit, after, elsewhere, in_each_order, lay_out, spots
+from .planner import Choice, Decision, Spot, Unfit, after, decide, elsewhere, in_each_order, lay_out, spots
 from .rules import Rule
 
 MOST = 4  # fixes shown
@@ -31,7 +31,7 @@ def refuse(
     out: LayoutLike | None,
 ) -> LayoutError:
     """The LayoutError of a choice that nothing settles."""
-    call = user_call(len(operands))
+    call = user_call(operands)
     names = _names(call, operands)
     kinds = [x._type for x in operands]
     fixes = _fixes(name, rule, kinds, grads, choice, call, names)
@@ -65,12 +65,20 @@ def _explain(rule: Rule, kinds: Sequence[Type], choice: Choice, names: Sequence[
             continue
         for output in rule.outputs[:1]:
             at = [i for i, dim in enumerate(output) if spot.factor in dim]
+            if spot.factor in rule.blocked:
+                parts.append(f"a dim of {_short(name)} that the op needs whole")
+                continue
             parts.append(
-                f"dim {at[0]} of the result through {name}"
+                f"dim {at[0]} of the result through {_short(name)}"
                 if at
-                else f"the contracted factor of {name}"
+                else f"the contracted factor of {_short(name)}"
             )
     return f" is wanted twice: it cuts {', and '.join(dict.fromkeys(parts))}"
+
+
+def _short(name: str) -> str:
+    """The last part of a dotted name: enough where the operands are listed below."""
+    return name.rsplit(".", 1)[-1] if name.replace(".", "").isidentifier() else name
 
 
 def _fixes(
@@ -102,8 +110,8 @@ def _fixes(
 
 
 def _ways(axis: str, modes: list[str], rule: Rule, where: Sequence[dict[str, Spot]]) -> list[str]:
-    """Modes to try for a choice: the operands' own factors; where none serves, a move elsewhere."""
-    return modes or elsewhere(axis, rule, where)
+    """Modes to try for a choice: the operands' own factors; where one alone does not serve, a move elsewhere."""
+    return modes if len(modes) > 1 else list(dict.fromkeys([*modes, *elsewhere(axis, rule, where)]))
 
 
 def _fix(
@@ -116,32 +124,33 @@ def _fix(
     names: Sequence[str],
 ) -> Fix:
     """The expression that makes a decision the only one, its collectives, and its bytes."""
-    forward: list[str] = []
-    backward: list[str] = []
-    total = 0.0
+    shape = [math.prod(rule.sizes[f] for f in dim) for dim in rule.outputs[0]]
+    result = decision.outputs[0]
+    by_out = call.is_operator and any(decision.routes) and not result.unreduced and len(kinds) == 2
+    routes: list[tuple[Type, Route, bool]] = []
+    if by_out:  # what the op itself does when it is told `out`
+        decision = decide(rule, kinds, grads, out=result)
+        made = make_type(kinds[0].mesh, decision.outputs[0], shape, kinds[0].dtype)
+        routes = [(made, find_route(made, result) or (), any(grads))]
+        code = f'ops.{name}({", ".join(names)}, out="{result}")'
     changes: dict[int, str] = {}
     for number, (kind, route, target) in enumerate(
         zip(kinds, decision.routes, decision.targets, strict=True)
     ):
-        if not route:
-            continue
-        ahead, behind, cost = costs(kind, route, grads[number])
-        forward += ahead
-        backward += behind
-        total += cost
-        if ahead or kind.layout.state(next(iter(route))[0][0]) not in ("replicated", "reduced"):
+        if route and _asked(kind, target) is not kind.layout:
             changes[number] = f'sw.reshard({names[number]}, "{_asked(kind, target)}")'
-    text = ", ".join(forward) or "nothing moves"
-    if backward:
-        text += f", backward {', '.join(backward)}"
-    shape = [math.prod(rule.sizes[f] for f in dim) for dim in rule.outputs[0]]
-    gives = write_type(kinds[0].dtype, shape, decision.outputs[0])
-    if decision.outputs[0].unreduced:
-        text += f"; gives {gives}"
-    code = _code(name, call, names, changes)
-    if call.is_operator and changes and not decision.outputs[0].unreduced and len(kinds) == 2:
-        code = f'ops.{name}({", ".join(names)}, out="{decision.outputs[0]}")'
-    return Fix(code, text, int(total))
+    if not by_out:
+        code = _code(name, call, names, changes)
+    operand_routes = list(zip(kinds, decision.routes, grads, strict=True))
+    parts = [costs(*each) for each in (*operand_routes, *routes)]
+    ahead, behind = ([step for part in parts for step in part[side]] for side in (0, 1))
+    text = ", ".join(f"{verb} {size}" for verb, size in ahead) or "nothing moves"
+    if behind:
+        same = [verb for verb, _ in ahead] == [verb for verb, _ in behind]
+        text += ", backward " + ", ".join(size if same else f"{verb} {size}" for verb, size in behind)
+    if result.unreduced:
+        text += f"; gives {write_type(kinds[0].dtype, shape, result)}"
+    return Fix(code, text, int(sum(part[2] for part in parts)))
 
 
 def _asked(kind: Type, target: Layout) -> Layout:
@@ -159,10 +168,16 @@ def _code(name: str, call: Call, names: Sequence[str], changes: dict[int, str]) 
     return f"ops.{name}({arguments})"
 
 
-def costs(kind: Type, route: Route, grad: bool) -> tuple[list[str], list[str], float]:
-    """What a route moves, in words, forward and backward, and its forward bytes."""
-    ahead: list[str] = []
-    behind: list[str] = []
+Words = list[tuple[str, str]]  # verb and size
+
+
+def costs(kind: Type, route: Route, grad: bool) -> tuple[Words, Words, float]:
+    """What a route moves, in words, forward and backward, and its forward bytes.
+
+    The backward of a cast from replicated to reduced is left out: it comes with the operands, not with the choice.
+    """
+    ahead: Words = []
+    behind: Words = []
     total = 0.0
     item = kind.dtype.itemsize
     now = kind
@@ -173,15 +188,15 @@ def costs(kind: Type, route: Route, grad: bool) -> tuple[list[str], list[str], f
         count = moved(now, move) * item
         total += count
         if count:
-            ahead.append(f"{TABLE[row]} {format_bytes(count)}")
+            ahead.append((TABLE[row], format_bytes(count)))
         reached = make_type(now.mesh, after(now.layout, move), now.shape, now.dtype, now.grad)
-        if grad:
+        if grad and row != ("I", "R"):
             dual = make_type(
                 now.mesh, reached.layout.dual, now.shape, now.dtype, False
             )
             back = moved(dual, (axes, _dual_state(before))) * item
             if back:
-                behind.insert(0, f"{TABLE[DUAL[row[1]], DUAL[row[0]]]} {format_bytes(back)}")
+                behind.insert(0, (TABLE[DUAL[row[1]], DUAL[row[0]]], format_bytes(back)))
         now = reached
     return ahead, behind, total
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..layouts.layout import Layout, LayoutLike, resolve, with_state
 from ..layouts.place import constant
-from ..layouts.reshard import Route, find_route, follow
+from ..layouts.reshard import Route, find_route, follow, reshard_one
 from ..layouts.sharded import TORCH, ShardedTensor, Type, install, make_type
 from ..meshlib import record
 from ..meshlib.errors import LayoutError, MeshError, nearest, word
@@ -273,8 +273,10 @@ class Op:
             assert self.protocol is not None
             if record.LOGS:
                 with record.acting(why="statistics"):
-                    return self.protocol(operands, static)
-            return self.protocol(operands, static)
+                    result = self.protocol(operands, static)
+            else:
+                result = self.protocol(operands, static)
+            return result if prepared.out is None else _asked(result, prepared.out)
         columns = [x._shards if type(x) is ShardedTensor else repeat(x) for x in operands]
         if prepared.fns is None:
             fn = prepared.fn
@@ -327,6 +329,15 @@ def _settled(layout: Layout) -> Layout:
     for axis in layout.unreduced:
         layout = with_state(layout, axis, "replicated")
     return layout
+
+
+def _asked(result: Any, out: LayoutLike) -> Any:
+    """What a protocol gave, the first result in the layout that `out` names."""
+    several = isinstance(result, tuple)
+    first = result[0] if several else result
+    with record.acting(why="out"):
+        first = reshard_one(first, out)
+    return (first, *result[1:]) if several else first
 
 
 def _finish(x: ShardedTensor, prepared: Prepared, number: int) -> ShardedTensor:

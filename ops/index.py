@@ -1,8 +1,8 @@
-"""Looking entries up by integer tensors, and adding entries at places.
+"""Looking entries up by integer tensors: embedding, one_hot, gather, index_select.
 
-A dim that an index picks from is a *lookup* factor: where an axis cuts it, each device looks up what lies in its own
-range, zero elsewhere, and the result is unreduced: nothing moves. Added at places of a cut dim, each device keeps
-what falls in its own range. All are linear in the values; index operands are integers, replicated or cut.
+A dim that an index picks from is a *lookup* factor: where an axis cuts it, each device looks up
+what lies in its own range, zero elsewhere, and the result is unreduced: nothing moves. All are
+linear in the values; index operands are integers, replicated or cut.
 """
 
 from __future__ import annotations
@@ -11,36 +11,41 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from ..meshlib.errors import LayoutError, word
 from ..meshlib.source import user_line
-from . import join
+from . import slicing
+from .broadcast import expand
 from .dispatch import Info, Local, Op, export
-from .pointwise import OPS, zeros_like
 from .rules import Dims, Rule, letters
-from .shape import expand, flatten, one_dim
+from .shape import flatten, one_dim
 
 Over = Mapping[str, str] | None
+INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8}
 _functorch = torch._C._are_functorch_transforms_active
 
 
 def owned(index: Tensor, offset: int, size: int, total: int) -> tuple[Tensor, Tensor]:
     """An index into the whole as one into a block, and where it lies in the block (elsewhere 0).
 
-    An index outside the whole raises, as torch's own lookups do; it would otherwise count as nobody's.
+    An index outside the whole raises, as torch's own lookups do; it would otherwise count as
+    nobody's.
     """
     if not _functorch():
-        torch._assert_async(((index >= 0) & (index < total)).all())
+        known = ((index >= 0) & (index < total)).all()
+        torch._assert_async(known, f"an index lies outside 0..{total - 1}")  # type: ignore[attr-defined]
     local = index - offset
     inside = (local >= 0) & (local < size)
     return torch.where(inside, local, 0), inside
 
 
-def per_block(info: Info, factor: str, make: Callable[[int, int, int], Callable[..., Any]]) -> Local:
+def per_block(
+    info: Info, factor: str, make: Callable[[int, int, int], Callable[..., Any]]
+) -> Local:
     """One function per held shard, made from offset, size and total of a cut factor."""
     size, total = info.size(factor), info.rule.sizes[factor]
     return [make(offset, size, total) for offset in info.offsets(factor)]
@@ -63,7 +68,6 @@ def _pick_rule(shapes: Sequence[Any], dim: int) -> Rule:
 def _pick_local(info: Info) -> Local:
     dim = info.static[0]
     (factor,) = info.rule.inputs[0][dim]
-    total = info.rule.sizes[factor]
     lead = (slice(None),) * dim
     behind = len(info.rule.inputs[0]) - dim - 1
 
@@ -83,19 +87,19 @@ def _pick_local(info: Info) -> Local:
 _PICK = {name: Op(name, _pick_rule, _pick_local) for name in ("getitem", "index_select")}
 
 
-def _integer(name: str, index: Any) -> None:
+def check_integer(name: str, index: Any) -> None:
     """Raise unless an index operand holds integers."""
-    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+    if index.dtype not in INTEGERS:
         raise TypeError(f"{name}: the index must hold integers, got {index.dtype}")
 
 
 def _by_tensor(x: ShardedTensor, index: Any, dim: int) -> ShardedTensor:
     """`x[..., index, ...]` at a dim."""
-    _integer("getitem", index)
+    check_integer("getitem", index)
     return _PICK["getitem"]((x, index), (dim,))  # type: ignore[no-any-return]
 
 
-join._TAKE[:] = [_by_tensor]
+slicing.LOOKUP[:] = [_by_tensor]
 
 
 @export(torch.index_select, methods=["index_select"])
@@ -113,7 +117,7 @@ def index_select(
     >>> y, y.full_tensor()
     (f32[2]{U:data} local[2] on mesh(data=2), tensor([3., 0.]))
     """
-    _integer("index_select", index)
+    check_integer("index_select", index)
     if index.ndim != 1:
         raise ValueError(f"index_select: the index must have 1 dim, got {index.ndim}")
     return _PICK["index_select"]((x, index), (one_dim(dim, x.ndim),), out, over)  # type: ignore[no-any-return]
@@ -193,7 +197,7 @@ def embedding(
     """
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise TypeError("embedding: max_norm, scale_grad_by_freq and sparse have no rule")
-    _integer("embedding", ids)
+    check_integer("embedding", ids)
     size = table.shape[0]
     if padding_idx is not None and not -size <= padding_idx < size:
         raise ValueError(f"embedding: padding_idx {padding_idx} is out of range for {size} rows")
@@ -240,12 +244,14 @@ def one_hot(
     """
     if num_classes < 0:
         _refuse("one_hot", "the largest id would give the shape; name num_classes", ids)
-    _integer("one_hot", ids)
+    check_integer("one_hot", ids)
     return _ONE_HOT((ids,), (num_classes,), out, over)  # type: ignore[no-any-return]
 
 
-def _aligned(x: Sequence[int], index: Sequence[int], dim: int) -> tuple[Dims, Dims, dict[str, int], set[str]]:
-    """Dims of values and of an index into `dim`: one factor where the sizes agree, else a blocked prefix."""
+def aligned(
+    x: Sequence[int], index: Sequence[int], dim: int
+) -> tuple[Dims, Dims, dict[str, int], set[str]]:
+    """Dims of values and of an index: one factor where sizes agree, else a blocked prefix."""
     if len(x) != len(index):
         raise ValueError(f"the index has {len(index)} dims, the tensor {len(x)}")
     mine, theirs = [], []
@@ -264,8 +270,15 @@ def _aligned(x: Sequence[int], index: Sequence[int], dim: int) -> tuple[Dims, Di
 
 
 def _gather_rule(shapes: Sequence[Any], dim: int) -> Rule:
-    x, index, sizes, blocked = _aligned(*shapes, dim)
-    return Rule((x, index), (index,), sizes, frozenset(blocked), lookup=frozenset(x[dim]), linear=frozenset((0,)))
+    x, index, sizes, blocked = aligned(shapes[0], shapes[1], dim)
+    return Rule(
+        (x, index),
+        (index,),
+        sizes,
+        frozenset(blocked),
+        lookup=frozenset(x[dim]),
+        linear=frozenset((0,)),
+    )
 
 
 def _gather_local(info: Info) -> Local:
@@ -289,32 +302,44 @@ _GATHER = {name: Op(name, _gather_rule, _gather_local) for name in ("gather", "t
 
 @export(torch.gather, methods=["gather"])
 def gather(
-    x: Any, dim: int, index: Any, *, sparse_grad: bool = False, out: LayoutLike | None = None, over: Over = None
+    x: Any,
+    dim: int,
+    index: Any,
+    *,
+    sparse_grad: bool = False,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """`torch.gather`: entries of `dim` at an index of as many dims.
 
     Returns:
-        The index's shape; unreduced over axes that cut `dim` of x. Other dims are pointwise where both have
-        the same size; where the index is shorter, they are needed whole.
+        The index's shape; unreduced over axes that cut `dim` of x. Other dims are pointwise where
+        both have the same size; where the index is shorter, they are needed whole.
 
     >>> import torch, shardwise as sw
-    >>> logits = sw.shard(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), sw.make_mesh({"tensor": 2}), "n vocab/tensor")
+    >>> mesh = sw.make_mesh({"tensor": 2})
+    >>> logits = sw.shard(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), mesh, "n vocab/tensor")
     >>> logits.gather(1, torch.tensor([[0], [1]])).full_tensor()
     tensor([[1.],
             [4.]])
     """
     if sparse_grad:
         raise TypeError("gather: sparse_grad has no rule")
-    _integer("gather", index)
+    check_integer("gather", index)
     return _GATHER["gather"]((x, index), (one_dim(dim, x.ndim),), out, over)  # type: ignore[no-any-return]
 
 
 @export(torch.take_along_dim, methods=["take_along_dim"])
 def take_along_dim(
-    x: Any, indices: Any, dim: int | None = None, *, out: LayoutLike | None = None, over: Over = None
+    x: Any,
+    indices: Any,
+    dim: int | None = None,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """`torch.take_along_dim`: as `gather`, the other dims broadcast."""
-    _integer("take_along_dim", indices)
+    check_integer("take_along_dim", indices)
     if dim is None:
         x, indices, dim = flatten(x), indices.reshape(-1), 0
     at = one_dim(dim, x.ndim)
@@ -333,112 +358,17 @@ def _spread(x: Any, shape: tuple[int, ...]) -> Any:
     return expand(x, shape) if isinstance(x, ShardedTensor) else x.expand(shape)
 
 
-def _scatter_rule(shapes: Sequence[Any], dim: int) -> Rule:
-    base, index, src = shapes
-    x, places, sizes, blocked = _aligned(base, index, dim)
-    values = []
-    for k, (n, m) in enumerate(zip(index, src, strict=True)):
-        name = places[k][0] if n == m else f"v{k}"
-        if n > m:
-            raise ValueError(f"the index is longer ({n}) than the source ({m}) in dim {k}")
-        if n != m:
-            blocked |= {name, *places[k], *(x[k] if k != dim else ())}
-        sizes[name] = m
-        values.append((name,))
-    return Rule((x, places, tuple(values)), (x,), sizes, frozenset(blocked), linear=frozenset((2,)))
-
-
-def _scatter_local(info: Info) -> Local:
-    dim = info.static[0]
-
-    def masked(offset: int, size: int, total: int) -> Callable[..., Any]:
-        def local(base: Tensor, index: Tensor, src: Tensor) -> Tensor:
-            here, inside = owned(index, offset, size, total)
-            src = src[tuple(slice(n) for n in index.shape)]
-            return base.scatter_add(dim, here, torch.where(inside, src, 0))
-
-        return local
-
-    factor = f"d{dim}"
-    if info.axes(factor):
-        return per_block(info, factor, masked)
-    return lambda base, index, src: base.scatter_add(dim, index, src)
-
-
-_SCATTER = Op("scatter_add", _scatter_rule, _scatter_local)
-
-
-@export(torch.scatter_add, methods=["scatter_add"])
-def scatter_add(x: ShardedTensor, dim: int, index: Any, src: Any, *, out: LayoutLike | None = None) -> ShardedTensor:
-    """`x` with `src` added at an index along `dim`.
-
-    Returns:
-        The shape of x. If an axis cuts `dim` of x, each device adds what falls in its own range; if it cuts the
-        same dim of index and src, the sum over it is left owed. Linear in x and src together.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.zeros((4,), sw.make_mesh({"data": 2}), "n/data")
-    >>> x.scatter_add(0, torch.tensor([3, 3, 0]), torch.ones(3)).full_tensor()
-    tensor([1., 0., 0., 2.])
-    """
-    _integer("scatter_add", index)
-    added = _SCATTER((zeros_like(x), index, src), (one_dim(dim, x.ndim),))
-    return OPS["add"]((x, added), (), out)  # type: ignore[no-any-return]
-
-
-def _index_add_rule(shapes: Sequence[Any], dim: int) -> Rule:
-    base, index, src = shapes
-    x = tuple((n,) for n in letters(len(base)))
-    values = tuple(("k",) if k == dim else d for k, d in enumerate(x))
-    want = (*base[:dim], *index, *base[dim + 1 :])
-    if tuple(src) != want:
-        raise ValueError(f"the source has shape {tuple(src)}, expected {want}")
-    sizes = {d[0]: n for d, n in zip(x, base, strict=True)} | {"k": index[0]}
-    return Rule((x, (("k",),), values), (x,), sizes, linear=frozenset((2,)))
-
-
-def _index_add_local(info: Info) -> Local:
-    dim = info.static[0]
-
-    def masked(offset: int, size: int, total: int) -> Callable[..., Any]:
-        def local(base: Tensor, index: Tensor, src: Tensor) -> Tensor:
-            here, inside = owned(index, offset, size, total)
-            mask = inside.reshape(-1, *[1] * (src.ndim - dim - 1))
-            return base.index_add(dim, here, torch.where(mask, src, 0))
-
-        return local
-
-    factor = f"d{dim}"
-    if info.axes(factor):
-        return per_block(info, factor, masked)
-    return lambda base, index, src: base.index_add(dim, index, src)
-
-
-_INDEX_ADD = Op("index_add", _index_add_rule, _index_add_local)
-
-
-@export(torch.index_add, methods=["index_add"])
-def index_add(
-    x: ShardedTensor, dim: int, index: Any, source: Any, *, alpha: float = 1, out: LayoutLike | None = None
-) -> ShardedTensor:
-    """`x` with slices of `source` (times alpha) added at the entries of `dim` that a 1-D index names.
-
-    Layouts as in `scatter_add`.
-    """
-    _integer("index_add", index)
-    if index.ndim != 1:
-        raise ValueError(f"index_add: the index must have 1 dim, got {index.ndim}")
-    added = _INDEX_ADD((zeros_like(x), index, source), (one_dim(dim, x.ndim),))
-    return OPS["add"]((x, added if alpha == 1 else added * alpha), (), out)  # type: ignore[no-any-return]
-
-
 def _refuse(name: str, why: str, *operands: Any) -> NoReturn:
     raise LayoutError(
         word(
             why,
             op=name,
             source=user_line(),
-            operands=[(f"operand {i}", str(x)) for i, x in enumerate(operands) if isinstance(x, ShardedTensor)],
+            operands=[
+                (f"operand {i}", str(x))
+                for i, x in enumerate(operands)
+                if isinstance(x, ShardedTensor)
+            ],
         ),
         op=name,
         source=user_line(),

@@ -160,9 +160,10 @@ def decide(
     if problem is None or out is not None or CHEAPEST.get():
         wide = problem is not None and CHEAPEST.get()
         best = _best(rule, kinds, mesh, options, out, where, wide)
-        if isinstance(best, Unfit) and out is not None:
-            ways = elsewhere(best.axis, rule, where)
-            best = _best(rule, kinds, mesh, {**options, best.axis: ways}, out, where, wide)
+        if isinstance(best, Unfit) and (out is not None or CHEAPEST.get()):
+            ways = list(dict.fromkeys([*options[best.axis], *elsewhere(best.axis, rule, where)]))
+            options = {**options, best.axis: ways}
+            best = _best(rule, kinds, mesh, options, out, where, wide, any_order=True)
         if isinstance(best, Decision):
             return best
         problem = (best.axis, best.why)
@@ -253,8 +254,12 @@ def _best(
     out: str | Layout | None,
     where: Sequence[Mapping[str, Spot]],
     wide: bool,
+    any_order: bool = False,
 ) -> Decision | Unfit:
-    """The decision that moves least, over all combinations of the options that `out` leaves."""
+    """The decision that moves least, over all combinations of the options that `out` leaves.
+
+    `any_order`: operands that cut a factor in different orders of axes may be converted to one of them.
+    """
     if out is not None:
         options = _favoured(rule, options, out, mesh, where)
     if wide:
@@ -272,8 +277,7 @@ def _best(
             laid = [lay_out(rule, kinds, modes)]
         except Unfit as unfit:
             failure = failure or unfit
-            free = out is not None or CHEAPEST.get()
-            laid = list(in_each_order(rule, kinds, modes)) if free else []
+            laid = list(in_each_order(rule, kinds, modes)) if any_order else []
         for found in laid:
             cost = found.moved
             if out is not None and (several or len(laid) > 1):

@@ -1,29 +1,25 @@
 """Ops that only change shape or the order of dims: local views, linear in their operand.
 
-`reshape` is a factor rule from the common refinement of the old and the new shape: (4 6) to (2 12) is
-"(a b) c -> a (b c)". Mesh axes fill the most major factor first. An axis that fits no factor, or that would cut a
-minor part of a merged dim, is a choice. Everything else here names its dims one to one, or adds a factor that the
-operand does not have (`expand`, `repeat`).
+`reshape` is a factor rule from the common refinement of the old and the new shape, such as
+"(a b) c -> a (b c)". Mesh axes fill the most major factor first. An axis that fits no factor, or
+that would cut a minor part of a merged dim, is a choice. Everything else here names its dims one
+to one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..layouts.layout import LayoutLike
-from ..layouts.permute import permute_shards
 from ..layouts.sharded import ShardedTensor, install
-from ..meshlib.errors import LayoutError
 from .dispatch import Info, Local, Op, export
 from .rules import Dims, Rule, letters
 
 Over = Mapping[str, str] | None
-Shape = tuple[int, ...]
 
 
 def one_dim(dim: int, ndim: int) -> int:
@@ -99,7 +95,8 @@ def refine(old: Sequence[int], new: Sequence[int]) -> Rule:
                     want[j] = 1
                     j += 1
     if not math.prod(old):
-        same = next((k for k, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))  # noqa: B905
+        paired = list(zip(old, new, strict=False))
+        same = next((k for k, (a, b) in enumerate(paired) if a != b), len(paired))
         for k in range(same):
             factor(old[k], ins[k], outs[k])
         for dims, shape in ((ins, old), (outs, new)):
@@ -115,11 +112,17 @@ def refine(old: Sequence[int], new: Sequence[int]) -> Rule:
 
 
 def view_rule(
-    shape: Sequence[int], inputs: Dims, *outputs: Dims, blocked: Iterable[str] = (), **sizes: int
+    shape: Sequence[int],
+    inputs: Dims,
+    *outputs: Dims,
+    blocked: Iterable[str] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> Rule:
     """The rule of a linear op with one operand; sizes of the operand's own factors are read off."""
     known = {dim[0]: size for dim, size in zip(inputs, shape, strict=True) if len(dim) == 1}
-    return Rule((inputs,), outputs, {**known, **sizes}, frozenset(blocked), linear=frozenset((0,)))
+    return Rule(
+        (inputs,), outputs, {**known, **(sizes or {})}, frozenset(blocked), linear=frozenset((0,))
+    )
 
 
 def _reshape_local(info: Info) -> Local:
@@ -133,7 +136,9 @@ _RESHAPE = {
 }
 
 
-def _reshaped(name: str, x: ShardedTensor, shape: Sequence[int], out: Any, over: Over) -> ShardedTensor:
+def _reshaped(
+    name: str, x: ShardedTensor, shape: Sequence[int], out: Any, over: Over
+) -> ShardedTensor:
     """Through the named op, with one -1 filled in."""
     shape = list(shape)
     free = [i for i, n in enumerate(shape) if n == -1]
@@ -148,12 +153,16 @@ def _reshaped(name: str, x: ShardedTensor, shape: Sequence[int], out: Any, over:
 
 @export(torch.reshape, methods=["reshape"])
 def reshape(
-    x: ShardedTensor, *sizes: Any, shape: Any = None, out: LayoutLike | None = None, over: Over = None
+    x: ShardedTensor,
+    *sizes: Any,
+    shape: Any = None,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """The same elements in another shape; one size may be -1.
 
-    Axes of a dim that is split stay on its most major new dim that they divide; a merged dim may be cut only
-    along its most major part.
+    Axes of a dim that is split stay on its most major new dim that they divide; a merged dim may
+    be cut only along its most major part.
 
     Cost: none; a copy where torch needs one.
 
@@ -169,10 +178,14 @@ def reshape(
 
 
 @export(methods=["view"])
-def view(x: ShardedTensor, *sizes: Any, out: LayoutLike | None = None, over: Over = None) -> ShardedTensor:
+def view(
+    x: ShardedTensor, *sizes: Any, out: LayoutLike | None = None, over: Over = None
+) -> ShardedTensor:
     """As `reshape`; values are immutable, so nobody can see whether memory is shared."""
     if sizes and isinstance(sizes[0], torch.dtype):
-        raise TypeError("view: reading the bits as another dtype has no rule; use x.to(dtype) for the values")
+        raise TypeError(
+            "view: reading the bits as another dtype has no rule; use x.to(dtype) for the values"
+        )
     return _reshaped("view", x, ints(sizes), out, over)
 
 
@@ -206,7 +219,12 @@ def flatten(
 
 @export(torch.unflatten, methods=["unflatten"])
 def unflatten(
-    x: ShardedTensor, dim: int, sizes: Sequence[int], *, out: LayoutLike | None = None, over: Over = None
+    x: ShardedTensor,
+    dim: int,
+    sizes: Sequence[int],
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """One dim as several, major to minor; one size may be -1."""
     at = one_dim(dim, x.ndim)
@@ -227,23 +245,26 @@ def _permute_local(info: Info) -> Local:
     return lambda x: x.permute(order)
 
 
-_PERMUTE = {name: Op(name, _permute_rule, _permute_local) for name in ("permute", "transpose", "movedim", "t")}
+_PERMUTE = {
+    name: Op(name, _permute_rule, _permute_local)
+    for name in ("permute", "transpose", "movedim", "t")
+}
 
 
 @export(torch.permute, methods=["permute"])
 def permute(
-    x: ShardedTensor, *order: Any, dims: Any = None, out: LayoutLike | None = None, over: Over = None
+    x: ShardedTensor,
+    *order: Any,
+    dims: Any = None,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
-    """The dims in another order, cuts with them; or, with an axis and pairs, shards sent along the axis.
-
-    `permute(x, "ring", [(0, 1), (1, 0)])` sends shards: see `layouts.permute.permute_shards`.
+    """The dims in another order, cuts with them.
 
     >>> import torch, shardwise as sw
     >>> sw.shard(torch.ones(4, 3), sw.make_mesh({"data": 2}), "b/data d").permute(1, 0)
     f32[3 4/data] local[3 2] on mesh(data=2)
     """
-    if order and isinstance(order[0], str):
-        return permute_shards(x, order[0], order[1])
     asked = ints(order, dims)
     found = tuple(one_dim(d, x.ndim) for d in asked)
     if sorted(found) != list(range(x.ndim)):
@@ -270,13 +291,20 @@ swapaxes = transpose
 
 @export(torch.movedim, torch.moveaxis, methods=["movedim", "moveaxis"])
 def movedim(
-    x: ShardedTensor, source: Any, destination: Any, *, out: LayoutLike | None = None, over: Over = None
+    x: ShardedTensor,
+    source: Any,
+    destination: Any,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """Dims moved to other places, the rest in their order."""
     start = [one_dim(d, x.ndim) for d in ints((source,))]
     end = [one_dim(d, x.ndim) for d in ints((destination,))]
     if len(start) != len(end) or len(set(start)) != len(start) or len(set(end)) != len(end):
-        raise ValueError(f"movedim: {source} and {destination} must name equally many different dims")
+        raise ValueError(
+            f"movedim: {source} and {destination} must name equally many different dims"
+        )
     rest = iter(d for d in range(x.ndim) if d not in start)
     to = dict(zip(end, start, strict=True))
     order = tuple(to[i] if i in to else next(rest) for i in range(x.ndim))
@@ -291,161 +319,5 @@ def t(x: ShardedTensor) -> ShardedTensor:
     return _PERMUTE["t"]((x,), (tuple(reversed(range(x.ndim))),))  # type: ignore[no-any-return]
 
 
-install("T", property(lambda x: _PERMUTE["t"]((x,), (tuple(reversed(range(x.ndim))),))))
-install("mT", property(lambda x: transpose(x, -2, -1)))
-
-
-def _expand_rule(shapes: Any, new: Shape) -> Rule:
-    old = shapes[0]
-    lead = len(new) - len(old)
-    ins: list[tuple[str, ...]] = []
-    outs: list[tuple[str, ...]] = [(f"e{k}",) for k in range(lead)]
-    for k, (have, want) in enumerate(zip(old, new[lead:], strict=True)):
-        ins.append((f"d{k}",) if have == want else ())
-        outs.append((f"d{k}",) if have == want else (f"e{lead + k}",))
-    grown = {f"e{k}": new[k] for k in range(len(new)) if (f"e{k}",) in outs}
-    return view_rule(old, tuple(ins), tuple(outs), **grown)
-
-
-def _expand_local(info: Info) -> Local:
-    shape = info.out_shape()
-    return lambda x: x.expand(shape)
-
-
-_EXPAND = Op("expand", _expand_rule, _expand_local)
-
-
-@export(torch.broadcast_to, methods=["expand", "broadcast_to"])
-def expand(
-    x: ShardedTensor, *sizes: Any, size: Any = None, out: LayoutLike | None = None, over: Over = None
-) -> ShardedTensor:
-    """Dims of size 1 repeated to a size, new ones in front; -1 keeps. Nothing is copied.
-
-    >>> import torch, shardwise as sw
-    >>> sw.shard(torch.ones(4, 1), sw.make_mesh({"data": 2}), "b/data d").expand(2, -1, 3)
-    f32[2 4/data 3] local[2 2 3] on mesh(data=2)
-    """
-    asked = ints(sizes, size)
-    lead = len(asked) - x.ndim
-    old = (*([1] * lead), *x.shape)
-    new = tuple(h if w == -1 else w for h, w in zip(old, asked, strict=False))
-    if lead < 0 or any(h not in (1, w) for h, w in zip(old, new, strict=True)) or -1 in asked[: max(lead, 0)]:
-        raise ValueError(f"expand: {tuple(x.shape)} cannot be broadcast to {asked}")
-    return _EXPAND((x,), (new,), out, over)  # type: ignore[no-any-return]
-
-
-broadcast_to = expand
-
-
-@export(methods=["expand_as"])
-def expand_as(x: ShardedTensor, other: Any) -> ShardedTensor:
-    """`x` expanded to the global shape of another tensor."""
-    return expand(x, tuple(other.shape))
-
-
-@export(torch.broadcast_tensors)
-def broadcast_tensors(*tensors: Any) -> tuple[Any, ...]:
-    """All tensors expanded to their common shape."""
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    return tuple(t.expand(shape) for t in tensors)
-
-
-def _squeeze_rule(shapes: Any, gone: Shape) -> Rule:
-    dims = tuple(() if k in gone else (f"d{k}",) for k in range(len(shapes[0])))
-    return view_rule(shapes[0], dims, tuple(d for d in dims if d))
-
-
-def _unsqueeze_rule(shapes: Any, at: int) -> Rule:
-    dims = tuple((n,) for n in letters(len(shapes[0])))
-    return view_rule(shapes[0], dims, (*dims[:at], (), *dims[at:]))
-
-
-def _bound(function: Callable[..., Any]) -> Callable[[Info], Local]:
-    """The torch function with the op's one static argument."""
-    return lambda info: lambda x: function(x, info.static[0])
-
-
-_SQUEEZE = Op("squeeze", _squeeze_rule, _bound(torch.squeeze))
-_UNSQUEEZE = Op("unsqueeze", _unsqueeze_rule, _bound(torch.unsqueeze))
-
-
-@export(torch.squeeze, methods=["squeeze"])
-def squeeze(x: ShardedTensor, dim: int | Sequence[int] | None = None, *, out: LayoutLike | None = None) -> ShardedTensor:
-    """Without the dims of size 1 (those named, or all)."""
-    named = range(x.ndim) if dim is None else [one_dim(d, x.ndim) for d in ints((dim,))]
-    gone = tuple(d for d in named if x.ndim and x.shape[d] == 1)
-    return _SQUEEZE((x,), (gone,), out)  # type: ignore[no-any-return]
-
-
-@export(torch.unsqueeze, methods=["unsqueeze"])
-def unsqueeze(x: ShardedTensor, dim: int, *, out: LayoutLike | None = None) -> ShardedTensor:
-    """With a new dim of size 1."""
-    return _UNSQUEEZE((x,), (one_dim(dim, x.ndim + 1),), out)  # type: ignore[no-any-return]
-
-
-def _repeat_rule(shapes: Any, times: Shape) -> Rule:
-    lead = len(times) - len(shapes[0])
-    dims = tuple((n,) for n in letters(len(shapes[0])))
-    outs = [
-        (() if n == 1 and k >= lead else (f"r{k}",)) + (dims[k - lead] if k >= lead else ())
-        for k, n in enumerate(times)
-    ]
-    return view_rule(shapes[0], dims, tuple(outs), **{f"r{k}": n for k, n in enumerate(times)})
-
-
-def _repeat_local(info: Info) -> Local:
-    times = [info.size(f"r{k}") for k in range(len(info.static[0]))]
-    return lambda x: x.repeat(times)
-
-
-_REPEAT = Op("repeat", _repeat_rule, _repeat_local)
-
-
-@export(methods=["repeat"])
-def _repeat(x: ShardedTensor, *times: Any, repeats: Any = None) -> ShardedTensor:
-    """`Tensor.repeat`: each dim tiled, new ones in front. A cut dim that is tiled is a choice."""
-    asked = ints(times, repeats)
-    if len(asked) < x.ndim:
-        raise ValueError(f"repeat: {asked} must name at least {x.ndim} dims")
-    return _REPEAT((x,), (asked,))  # type: ignore[no-any-return]
-
-
-@export(torch.tile, methods=["tile"])
-def tile(x: ShardedTensor, *times: Any, dims: Any = None, out: LayoutLike | None = None, over: Over = None) -> ShardedTensor:
-    """`torch.tile`: each dim repeated whole; a cut dim that is tiled is a choice."""
-    asked = ints(times, dims)
-    asked = (*([1] * (x.ndim - len(asked))), *asked)
-    return _REPEAT((x,), (asked,), out, over)  # type: ignore[no-any-return]
-
-
-def _interleave_rule(shapes: Any, dim: int, times: int) -> Rule:
-    dims = tuple((n,) for n in letters(len(shapes[0])))
-    outs = tuple((*d, "r") if k == dim and times != 1 else d for k, d in enumerate(dims))
-    return view_rule(shapes[0], dims, outs, r=times)
-
-
-def _interleave_local(info: Info) -> Local:
-    dim, times = info.static[0], info.size("r")
-    return lambda x: x.repeat_interleave(times, dim)
-
-
-_INTERLEAVE = Op("repeat_interleave", _interleave_rule, _interleave_local)
-
-
-@export(torch.repeat_interleave, methods=["repeat_interleave"])
-def repeat_interleave(
-    x: ShardedTensor, repeats: int, dim: int | None = None, *, out: LayoutLike | None = None, over: Over = None
-) -> ShardedTensor:
-    """Each entry of a dim repeated beside itself; a cut dim stays cut.
-
-    Raises:
-        LayoutError: kind "meaningless", for repeats in a tensor: the shape would depend on values.
-    """
-    if isinstance(repeats, ShardedTensor | Tensor):
-        raise LayoutError(
-            "repeat_interleave: with repeats in a tensor the result's shape depends on values; give an int",
-            op="repeat_interleave",
-        )
-    if dim is None:
-        x, dim = flatten(x), 0
-    return _INTERLEAVE((x,), (one_dim(dim, x.ndim), int(repeats)), out, over)  # type: ignore[no-any-return]
+install("T", property(lambda x: permute(x, *range(x.ndim)[::-1])))  # type: ignore[arg-type]
+install("mT", property(lambda x: transpose(x, -2, -1)))  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def adamw(
         rate = scheduled(lr, state["step"])
         mu = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - b1), state["mu"], grads)
         nu = tree.map(lambda v, g: torch.lerp(v, g.to(v.dtype) * g.to(v.dtype), 1 - b2), state["nu"], grads)
-        count = step.to(torch.float32)
+        count = step.to(torch.float64)
         first, second = 1 - b1**count, 1 - b2**count
         decays = [
             weight_decay if mask is None or matches(mask, path, p) else 0.0 for path, p in tree.items(params)

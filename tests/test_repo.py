@@ -213,7 +213,7 @@ def test_python_in_the_documentation_runs(
 
 def test_the_readme_shows_a_program() -> None:
     blocks = python_blocks(ROOT / "README.md")
-    assert any("import shardwise as sw" in block for _, block in blocks)
+    assert any("shardwise as sw" in block for _, block in blocks)
 
 
 @pytest.mark.parametrize("file", [f for f in DOCS if f.exists()], ids=lambda f: f.name)

@@ -1,11 +1,13 @@
 """Forward mode: `jvp`, and `hvp`, the Hessian times a vector, as forward over reverse.
 
-Tangents have their primal's layout: a conversion is linear, so its forward-mode derivative is itself. One
-`torch.func.jvp` runs over the flat shards of all devices; a `grad` inside takes its `torch.func.vjp` engine.
+Tangents have their primal's layout: a conversion is linear, so its forward-mode derivative is
+itself. One `torch.func.jvp` runs over the flat shards of all devices; a `grad` inside takes its
+`torch.func.vjp` engine.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -27,11 +29,13 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
     Args:
         f: any outputs, a tree.
         primals: its arguments, trees; all floats in them are differentiated.
-        tangents: trees of the same structure, each tensor with its primal's layout, shape and dtype. None
-            stands for zero, and for what is not differentiated (integers, plain values).
+        tangents: trees of the same structure, each tensor with its primal's layout, shape and
+            dtype. None stands for zero, and for what is not differentiated (integers, plain
+            values).
 
     Returns:
-        (outputs, their tangents). A tangent has its output's layout; None for outputs that are not floats.
+        (outputs, their tangents). A tangent has its output's layout; None for outputs that are not
+        floats.
 
     Cost: each collective of `f` once more, on the tangent.
 
@@ -70,14 +74,16 @@ def _load_decompositions() -> None:
     """What torch imports on the first forward-mode call; its deprecation warning is not the user's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        import torch._decomp.decompositions_for_jvp
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _matched(inputs: Inputs, tangents: Any) -> list[Tensor]:
     """The flat shards of the tangents, checked against their primals; zeros for None."""
-    given, spec = optree.tree_flatten(tangents, none_is_leaf=True)
+    given = optree.tree_leaves(tangents, none_is_leaf=True)
     if len(given) != len(inputs.values):
-        given = optree.broadcast_prefix(tangents, inputs.spec.unflatten(inputs.values), none_is_leaf=True)
+        given = optree.broadcast_prefix(
+            tangents, inputs.spec.unflatten(inputs.values), none_is_leaf=True
+        )
     found: list[Tensor] = []
     for i in inputs.live:
         primal, tangent = inputs.values[i], given[i]

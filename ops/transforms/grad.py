@@ -1,12 +1,14 @@
 """Gradients: `value_and_grad`, `grad` and `vjp` over trees of ShardedTensors.
 
-The law: a gradient's layout is the dual of its parameter's. It is asserted, not arranged: leaves are the
-shards, every op and conversion keeps the law, so what autograd returns for a shard already is a shard of the
-gradient. Two engines share one meaning: at top level `torch.autograd.grad` over the flat shards, inside `vmap` and
-`jvp`, where autograd raises, `torch.func.vjp` over the same shards.
+The law: a gradient's layout is the dual of its parameter's. It is asserted, not arranged: leaves
+are the shards, every op and conversion keeps the law, so what autograd returns for a shard already
+is a shard of the gradient. Two engines share one meaning: at top level `torch.autograd.grad` over
+the flat shards, inside `vmap` and `jvp`, where autograd raises, `torch.func.vjp` over the same
+shards.
 
-The loss is a scalar in any state but sharded. Its seed is ones, or, where it is reduced, ones on one device of
-the axis. The value comes back replicated: one scalar all_reduce per unreduced axis, in the phase "report".
+The loss is a scalar in any state but sharded. Its seed is ones, or, where it is reduced, ones on
+one device of the axis. The value comes back replicated: one scalar all_reduce per unreduced axis,
+in the phase "report".
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ from ...layouts.sharded import ShardedTensor, make_type
 from ...meshlib import record
 from ...meshlib.errors import LayoutError, word
 from ...meshlib.source import user_line
+from ..plan import local_bytes
 from .leaves import (
     Inputs,
+    carrying_path,
     detached,
     entering,
     flat,
     floats,
     is_differentiable,
-    is_nested,
     nested,
     outside,
     under_functorch,
+    without_hooks,
 )
 
 Grads = LayoutLike | Any | Callable[[Any], Any] | None
@@ -77,14 +81,18 @@ def backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Se
 def check_loss(loss: Any, name: str) -> None:
     """Raise unless the loss is one real number that no axis cuts."""
     if not isinstance(loss, ShardedTensor | Tensor):
-        raise TypeError(f"{name}: the function must return a scalar tensor, got {type(loss).__name__}")
+        raise TypeError(
+            f"{name}: the function must return a scalar tensor, got {type(loss).__name__}"
+        )
     if loss.numel() != 1 or loss.ndim != 0:
         raise LayoutError(
             word(
                 f"the loss must be a scalar, got shape {tuple(loss.shape)}\nreduce it: loss.mean() or loss.sum()",
                 op=name,
                 source=user_line(),
-                operands=[("loss", str(loss) if isinstance(loss, ShardedTensor) else str(loss.dtype))],
+                operands=[
+                    ("loss", str(loss) if isinstance(loss, ShardedTensor) else str(loss.dtype))
+                ],
             ),
             op=name,
         )
@@ -99,7 +107,11 @@ def reported(loss: Any, keep: bool) -> Any:
         return value
     with record.acting(why="value"), record.phase("report"):
         if value.layout.unreduced:
-            value = convert(value, tuple(a for a in value.mesh.axes if a in value.layout.unreduced), "replicated")
+            value = convert(
+                value,
+                tuple(a for a in value.mesh.axes if a in value.layout.unreduced),
+                "replicated",
+            )
         if value.layout.reduced:
             value = convert(value, tuple(sorted(value.layout.reduced)), "replicated")
     return value
@@ -117,16 +129,19 @@ def value_and_grad(
 
     Args:
         f: returns a scalar loss, or (loss, aux) with `has_aux`.
-        argnums: which arguments to differentiate; each a tree. Leaves that are not floats give None.
+        argnums: which arguments to differentiate; each a tree. Leaves that are not floats give
+            None.
         has_aux: `f` also returns something that is not differentiated.
-        grads: the gradients' layouts: None gives the dual of each parameter's; else a layout for all ("..."
-            is relative to the parameter's), a tree of them, or a function of the arguments that gives such a tree.
-            Where it leaves a sum owed, or scatters it, over an axis on which the parameter is replicated, the
-            parameter enters reduced over that axis, so that nothing is all_reduced first.
+        grads: the gradients' layouts: None gives the dual of each parameter's; else a layout for
+            all ("..." is relative to the parameter's), a tree of them, or a function of the
+            arguments that gives such a tree. Where it leaves a sum owed, or scatters it, over an
+            axis on which the parameter is replicated, the parameter enters reduced over that axis,
+            so that nothing is all_reduced first.
         dtype: of the gradients; None is the parameters'.
 
     Returns:
-        A function of the same arguments: (value, gradients), or ((value, aux), gradients). The value is replicated.
+        A function of the same arguments: (value, gradients), or ((value, aux), gradients). The
+        value is replicated.
 
     Raises:
         LayoutError: a loss that is no scalar.
@@ -141,17 +156,25 @@ def value_and_grad(
     """
 
     def differentiated(*args: Any, **kwargs: Any) -> Any:
-        picked = entering(args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums))
+        picked = entering(
+            args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+        )
         asked = asked_layouts(picked, grads)
         leaves = optree.tree_leaves(picked, none_is_leaf=True)
-        inputs = Inputs(picked, [_entry(v, to) for v, to in zip(leaves, asked, strict=True)])
+        inputs = Inputs(
+            picked, [_inside(v, to) for v, to in zip(leaves, asked, strict=True)], asked, dtype
+        )
         keep = inputs.keep
 
         def call(shards: Sequence[Tensor]) -> tuple[Any, Any]:
             full = list(args)
             with nested(), torch.enable_grad(), saving.scope():
                 back = inputs.typed(shards)
-                for i, value in [(argnums, back)] if isinstance(argnums, int) else zip(argnums, back, strict=True):
+                for i, value in (
+                    [(argnums, back)]
+                    if isinstance(argnums, int)
+                    else zip(argnums, back, strict=True)
+                ):
                     full[i] = value
                 result = f(*full, **kwargs)
             loss, aux = _pair(result) if has_aux else (result, None)
@@ -160,8 +183,13 @@ def value_and_grad(
 
         loss, aux, raw = (_pulled if under_functorch() else _backpropagated)(call, inputs, keep)
         value = reported(loss, keep)
-        found = [_asked(g, to, dtype) for g, to in zip(inputs.gradients(raw, keep), asked, strict=True)]
+        found = [
+            _asked(g, to, dtype) for g, to in zip(inputs.gradients(raw, keep), asked, strict=True)
+        ]
         gradient = inputs.spec.unflatten(found)
+        if record.LOGS:
+            record.holds("parameters", local_bytes(picked))
+            record.holds("gradients", local_bytes(gradient))
         return ((value, aux), gradient) if has_aux else (value, gradient)
 
     return differentiated
@@ -187,14 +215,17 @@ def _pulled(call: Called, inputs: Inputs, keep: bool) -> tuple[Any, Any, list[Te
         box[:] = call(shards)
         return flat(box[0])
 
-    _, pull = torch.func.vjp(traced, *inputs.shards)
+    with without_hooks():
+        _, pull = torch.func.vjp(traced, *inputs.shards)
     loss, aux = outside(box[0]), outside(box[1])
     return loss, aux, list(pull(tuple(seeds(loss))))
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"value_and_grad: with has_aux the function returns (loss, aux), got {type(result).__name__}")
+        raise TypeError(
+            f"value_and_grad: with has_aux the function returns (loss, aux), got {type(result).__name__}"
+        )
     return result
 
 
@@ -205,18 +236,19 @@ def _asked(g: Any, to: Layout | None, dtype: torch.dtype | None) -> Any:
     if dtype is not None and g.dtype != dtype:
         g = _cast(g, dtype)
     if to is not None and isinstance(g, ShardedTensor):
-        with record.acting(why="gradient", path=getattr(g, "_path", None)):
-            g = reshard_one(g, to)
+        with (
+            record.acting("value_and_grad", "gradient", getattr(g, "_path", None)),
+            record.phase("backward"),
+        ):
+            g = carrying_path(reshard_one(g, to), g)
     return g
 
 
 def _cast(g: Any, dtype: torch.dtype) -> Any:
     if isinstance(g, Tensor):
         return g.to(dtype)
-    return ShardedTensor(
-        tuple(s.to(dtype) for s in g._shards),
-        make_type(g.mesh, g.layout, g.shape, dtype, g._type.grad),
-    )
+    kind = make_type(g.mesh, g.layout, g.shape, dtype, g._type.grad)
+    return carrying_path(ShardedTensor(tuple(s.to(dtype) for s in g._shards), kind), g)
 
 
 def asked_layouts(params: Any, grads: Grads) -> list[Layout | None]:
@@ -240,7 +272,7 @@ def asked_layouts(params: Any, grads: Grads) -> list[Layout | None]:
     ]
 
 
-def _entry(value: Any, to: Layout | None) -> Layout | None:
+def _inside(value: Any, to: Layout | None) -> Layout | None:
     """The layout in which a parameter enters: reduced where its gradient's sum is left or scattered."""
     if to is None or not isinstance(value, ShardedTensor):
         return None
@@ -286,8 +318,9 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         has_aux: `f` returns (outputs, aux).
 
     Returns:
-        (outputs, pullback) or (outputs, pullback, aux). The pullback takes cotangents with the duals of the
-        outputs' layouts and gives a tuple of gradients with the duals of the primals'; it may be called again.
+        (outputs, pullback) or (outputs, pullback, aux). The pullback takes cotangents with the
+        duals of the outputs' layouts and gives a tuple of gradients with the duals of the primals';
+        it may be called again.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.arange(4.0), sw.make_mesh({"data": 2}), "n/data")
@@ -305,7 +338,8 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
                 box[:] = [f(*inputs.typed(shards))]
             return tuple(s for v in floats(box[0][0] if has_aux else box[0]) for s in flat(v))
 
-        _, pull_flat = torch.func.vjp(traced, *inputs.shards)
+        with without_hooks():
+            _, pull_flat = torch.func.vjp(traced, *inputs.shards)
         made = outside(box[0])
         result, aux = made if has_aux else (made, None)
 
@@ -326,7 +360,9 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         if len(given) != len(expected):
             raise ValueError(f"vjp: {len(given)} cotangents for {len(expected)} outputs")
         for v, c in zip(expected, given, strict=True):
-            if isinstance(v, ShardedTensor) and (c.layout is not v.layout.dual or c.shape != v.shape):
+            if isinstance(v, ShardedTensor) and (
+                c.layout is not v.layout.dual or c.shape != v.shape
+            ):
                 raise LayoutError(
                     f"vjp: the cotangent of {v} must be {make_type(v.mesh, v.layout.dual, v.shape, v.dtype)}, got {c}"
                 )

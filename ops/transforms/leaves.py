@@ -1,8 +1,8 @@
-"""The differentiated leaves of a transform: taken apart into flat shards, typed again inside, put together after.
+"""Leaves of a transform: taken apart into flat shards, typed again inside, put together after.
 
-What every transform shares: which leaves are differentiated, how deep transforms are nested, and which mesh axes
-an open `vmap` has taken: a tensor that is differentiated inside has, like each mapped value, one gradient per entry of
-the mapped dim, so it enters *varying* over those axes.
+What every transform shares: which leaves are differentiated, how deep transforms are nested, and
+which mesh axes an open `vmap` has taken: a tensor that is differentiated inside has, like each
+mapped value, one gradient per entry of the mapped dim, so it enters *varying* over those axes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ...layouts.convert import convert
-from ...layouts.layout import Layout, with_state
+from ...layouts.layout import MAPPED, Layout, with_state
 from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor, make_type
 from ...layouts.tree import items
 from ...meshlib.errors import LayoutError
+from .entry import Entry, entry
 
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
-_MAPPED: ContextVar[tuple[str, ...]] = ContextVar("mapped", default=())
 under_functorch = torch._C._are_functorch_transforms_active
 
 
@@ -46,11 +46,26 @@ def is_nested() -> bool:
 @contextmanager
 def mapped_over(axes: Sequence[str]) -> Iterator[None]:
     """Inside, these axes belong to the mapped dim of a vmap."""
-    token = _MAPPED.set(tuple(dict.fromkeys((*_MAPPED.get(), *axes))))
+    token = MAPPED.set(MAPPED.get() | frozenset(axes))
     try:
         yield
     finally:
-        _MAPPED.reset(token)
+        MAPPED.reset(token)
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Inside, no saved-tensor hooks: torch.func.vjp refuses them. What is saved inside is kept as it is."""
+    auto = torch._C._autograd
+    held = []
+    while (top := auto._top_saved_tensors_default_hooks(False)) is not None:
+        held.append(top)
+        auto._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(held):
+            auto._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def vary(x: ShardedTensor, axes: Sequence[str]) -> ShardedTensor:
@@ -66,7 +81,7 @@ def vary(x: ShardedTensor, axes: Sequence[str]) -> ShardedTensor:
 
 def entering(tree: Any) -> Any:
     """Arguments as a gradient transform takes them: inside vmap, its floats vary over the mapped axes."""
-    axes = _MAPPED.get()
+    axes = sorted(MAPPED.get())
     if not axes:
         return tree
     return optree.tree_map(
@@ -82,13 +97,32 @@ class Inputs:
     Args:
         tree: the arguments.
         layouts: per leaf the layout in which it enters, None for its own.
+        asked: per leaf the layout asked of its gradient, None for the dual.
+        dtype: the dtype asked of the gradients.
     """
 
-    def __init__(self, tree: Any, layouts: Sequence[Layout | None] | None = None) -> None:
+    def __init__(
+        self,
+        tree: Any,
+        layouts: Sequence[Layout | None] | None = None,
+        asked: Sequence[Layout | None] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.values, self.spec = optree.tree_flatten(tree, none_is_leaf=True)
         self.paths = [path for path, _ in items(tree)]
         self.live = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         self.layouts = layouts or [None] * len(self.values)
+        self.entries: list[Entry | None] = [None] * len(self.values)
+        if (
+            self.keep or under_functorch()
+        ):  # an outer transform sees the cast into the layout inside
+            for i, layout in enumerate(self.layouts):
+                self.values[i] = (
+                    self.values[i] if layout is None else reshard_one(self.values[i], layout)
+                )
+        elif asked is not None:
+            ways = zip(self.values, self.layouts, asked, self.paths, strict=True)
+            self.entries = [entry(*way, dtype) for way in ways]
 
     @property
     def shards(self) -> list[Tensor]:
@@ -102,7 +136,14 @@ class Inputs:
 
     def fresh(self) -> list[Tensor]:
         """Leaves of a new graph; still part of the old one where that needs a gradient."""
-        return [s.view_as(s) if s.requires_grad else s.detach().requires_grad_() for s in self.shards]
+        found: list[Tensor] = []
+        for i in self.live:
+            way = self.entries[i]
+            shards = flat(self.values[i]) if way is None else way.leaf()
+            found += [
+                s.view_as(s) if s.requires_grad else s.detach().requires_grad_() for s in shards
+            ]
+        return found
 
     def typed(self, shards: Sequence[Tensor]) -> Any:
         """The arguments again, with these shards for the differentiated leaves."""
@@ -113,10 +154,14 @@ class Inputs:
             if isinstance(old, Tensor):
                 values[i] = next(at)
                 continue
+            mine = tuple(next(at) for _ in old._shards)
+            way = self.entries[i]
+            if way is not None:
+                values[i] = way.entered(mine)
+                continue
             layout = self.layouts[i] or old.layout
-            kind = make_type(old.mesh, layout, old.shape, old.dtype, True)
-            values[i] = ShardedTensor(tuple(next(at) for _ in old._shards), kind)
-            values[i]._path = getattr(old, "_path", None) or self.paths[i]
+            values[i] = ShardedTensor(mine, make_type(old.mesh, layout, old.shape, old.dtype, True))
+            named(values[i], self.paths[i] or getattr(old, "_path", None))
         return self.spec.unflatten(values)
 
     def gradients(self, shards: Sequence[Tensor], keep: bool) -> list[Any]:
@@ -128,22 +173,26 @@ class Inputs:
             if isinstance(old, Tensor):
                 found[i] = next(at)
                 continue
-            layout = (self.layouts[i] or old.layout).dual
+            way = self.entries[i]
+            layout = (self.layouts[i] or old.layout).dual if way is None else way.asked
             mine = tuple(next(at) for _ in old._shards)
-            if mine[0].shape != old.local_shape:
-                raise LayoutError(
-                    f"gradient of {self.paths[i]} has local shape {tuple(mine[0].shape)}, "
-                    f"expected {tuple(old.local_shape)} of {old}"
-                )
             grad = keep and (under_functorch() or any(s.requires_grad for s in mine))
-            found[i] = ShardedTensor(mine, make_type(old.mesh, layout, old.shape, mine[0].dtype, grad))
-            found[i]._path = self.paths[i]
+            kind = make_type(old.mesh, layout, old.shape, mine[0].dtype, grad)
+            if mine[0].shape != kind.local_shape:
+                raise LayoutError(
+                    f"gradient of {self.paths[i]} has local shape {tuple(mine[0].shape)}, expected "
+                    f"{tuple(kind.local_shape)} of {kind}"
+                )
+            found[i] = ShardedTensor(mine, kind)
+            named(found[i], self.paths[i] or getattr(old, "_path", None))
         return found
 
 
 def is_differentiable(x: Any) -> bool:
     """Floating tensors, sharded or plain."""
-    return isinstance(x, ShardedTensor | Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
+    return isinstance(x, ShardedTensor | Tensor) and (
+        x.dtype.is_floating_point or x.dtype.is_complex
+    )
 
 
 def flat(x: ShardedTensor | Tensor) -> tuple[Tensor, ...]:
@@ -171,13 +220,19 @@ def outside(tree: Any) -> Any:
 def detached(tree: Any) -> Any:
     """The tensors of a tree without their graph."""
     return optree.tree_map(
-        lambda v: v.detach() if isinstance(v, ShardedTensor | Tensor) else v, tree, none_is_leaf=True
+        lambda v: v.detach() if isinstance(v, ShardedTensor | Tensor) else v,
+        tree,
+        none_is_leaf=True,
     )
 
 
 def carrying_path(new: ShardedTensor, old: Any) -> ShardedTensor:
     """`new`, named in records and errors as `old` is."""
-    path = getattr(old, "_path", None)
-    if path is not None:
-        new._path = path
-    return new
+    return named(new, getattr(old, "_path", None))
+
+
+def named(x: ShardedTensor, path: str | None) -> ShardedTensor:
+    """`x` with this tree path, if there is one, in records and errors."""
+    if path:
+        x._path = path
+    return x

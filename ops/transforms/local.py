@@ -1,10 +1,10 @@
 """`shard_map`: local code with named collectives, and its way in and out.
 
-Inside, each argument is a ShardedTensor of *local* shape; an axis that cut it is in the state *varying*
-(`{V:axis}`): each device has its own value. States of other axes are kept. Types stay checked: what varies meets only
-what is equal on the devices, a varying scalar has no truth value, and a result that still varies over an
-axis that its layout does not cut is an error. Gradients follow the law of the states, so a sum is owed where one
-is owed and nothing is summed twice.
+Inside, each argument is a ShardedTensor of *local* shape; an axis that cut it is in the state
+*varying* (`{V:axis}`): each device has its own value. States of other axes are kept. Types stay
+checked: what varies meets only what is equal on the devices, a varying scalar has no truth value,
+and a result that still varies over an axis that its layout does not cut is an error. Gradients
+follow the law of the states, so a sum is owed where one is owed and nothing is summed twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...layouts.convert import convert, relabelled
 from ...layouts.layout import Layout, make, resolve
 from ...layouts.permute import permute_shards
-from ...layouts.reshard import reshard_one
+from ...layouts.reshard import find_route, follow, reshard_one
 from ...layouts.sharded import ShardedTensor, make_type
 from ...meshlib import record
 from ...meshlib.errors import LayoutError, word
@@ -32,22 +32,25 @@ from .leaves import vary
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
-def shard_map(f: Callable[..., Any] | None = None, *, in_layouts: Any, out_layouts: Any) -> Callable[..., Any]:
+def shard_map(
+    f: Callable[..., Any] | None = None, *, in_layouts: Any, out_layouts: Any
+) -> Callable[..., Any]:
     """A function of global ShardedTensors whose body is local code with named collectives.
 
     The body runs once, for all devices of a simulated mesh too.
 
     Args:
         f: the body; left out, `shard_map` is a decorator.
-        in_layouts: the arguments' layouts, to which they are converted first; one for all, or a tree
-            prefix of the arguments. The mesh is read from the arguments.
-        out_layouts: the results' layouts, likewise. A result must vary over an axis that cuts it, or be
-            equal on its devices: then each gives its copy.
+        in_layouts: the arguments' layouts, to which they are converted first; one for all, or a
+            tree prefix of the arguments. The mesh is read from the arguments.
+        out_layouts: the results' layouts, likewise. A result must vary over an axis that cuts it,
+            or be equal on its devices: then each gives its copy.
 
     Returns:
         A function of the same arguments, differentiable.
 
-    Cost: the conversions of the arguments to `in_layouts` and of the results' states; and what the body does.
+    Cost: the conversions of the arguments to `in_layouts` and of the results' states; and what the
+    body does.
 
     Raises:
         LayoutError: a result that varies over an axis that its layout does not cut.
@@ -70,10 +73,17 @@ def shard_map(f: Callable[..., Any] | None = None, *, in_layouts: Any, out_layou
         leaves, spec = optree.tree_flatten(args, none_is_leaf=True)
         mesh = next((x.mesh for x in leaves if isinstance(x, ShardedTensor)), None)
         if mesh is None:
-            raise TypeError("shard_map: the mesh is read from the arguments, and none is a ShardedTensor")
-        outer = frozenset().union(*(x.layout.varying for x in leaves if isinstance(x, ShardedTensor)))
+            raise TypeError(
+                "shard_map: the mesh is read from the arguments, and none is a ShardedTensor"
+            )
+        outer = frozenset().union(
+            *(x.layout.varying for x in leaves if isinstance(x, ShardedTensor))
+        )
         with record.acting("shard_map", "shard_map"):
-            given = [_enter(x, to) for x, to in zip(leaves, _prefix(in_layouts, args, "in_layouts"), strict=True)]
+            given = [
+                _enter(x, to)
+                for x, to in zip(leaves, _prefix(in_layouts, args, "in_layouts"), strict=True)
+            ]
         token = _MESH.set(mesh)
         try:
             result = f(*spec.unflatten(given), **kwargs)
@@ -82,7 +92,9 @@ def shard_map(f: Callable[..., Any] | None = None, *, in_layouts: Any, out_layou
         made, shape = optree.tree_flatten(result, none_is_leaf=True)
         wanted = _prefix(out_layouts, result, "out_layouts")
         with record.acting("shard_map", "shard_map"):
-            return shape.unflatten([_leave(y, to, outer) for y, to in zip(made, wanted, strict=True)])
+            return shape.unflatten(
+                [_leave(y, to, outer) for y, to in zip(made, wanted, strict=True)]
+            )
 
     return mapped
 
@@ -99,11 +111,18 @@ def _enter(x: Any, to: Any) -> Any:
     """An argument as the body sees it: its block, varying over the axes that cut it."""
     if not isinstance(x, ShardedTensor) or to is None:
         return x
-    x = reshard_one(x, to)
+    x = _moved(x, resolve(to, x.ndim, x.layout, x.shape, x.mesh))
     old = x.layout
     cut = frozenset(a for axes in old.dims for a in axes)
     layout = make(((),) * x.ndim, old.unreduced, old.reduced, old.varying | cut, old.memory, old.at)
     return relabelled(x, layout, x.local_shape)
+
+
+def _moved(x: ShardedTensor, target: Layout) -> ShardedTensor:
+    """The tensor in another layout, recorded under the reason that is set."""
+    target.check(x.shape, x.mesh, "shard_map")
+    route = find_route(x._type, target)
+    return reshard_one(x, target) if route is None else follow(x, route)
 
 
 def _leave(y: Any, to: Any, outer: frozenset[str]) -> Any:
@@ -117,7 +136,8 @@ def _leave(y: Any, to: Any, outer: frozenset[str]) -> Any:
     target: Layout = resolve(to, y.ndim, has, y.shape, y.mesh)
     if target.ndim != y.ndim:
         raise LayoutError(
-            f"shard_map: out layout '{target}' speaks of {target.ndim} dims, but the result is {y}", kind="parse"
+            f"shard_map: out layout '{target}' speaks of {target.ndim} dims, but the result is {y}",
+            kind="parse",
         )
     cut = [a for axes in target.dims for a in axes]
     y.mesh.check_axes(tuple(target.axes))
@@ -132,12 +152,14 @@ def _leave(y: Any, to: Any, outer: frozenset[str]) -> Any:
     y = vary(y, cut)
     varying = frozenset(cut) | target.varying
     inner = make(((),) * y.ndim, target.unreduced, target.reduced, varying, now.memory, now.at)
-    y = reshard_one(y, inner)
+    y = _moved(y, inner)
     shape = [n * y.mesh.group_size(axes) for n, axes in zip(y.shape, target.dims, strict=True)]
     return relabelled(y, target, shape)
 
 
-def _refused(y: ShardedTensor, target: Layout, axis: str, verdict: str, fixes: Sequence[str]) -> LayoutError:
+def _refused(
+    y: ShardedTensor, target: Layout, axis: str, verdict: str, fixes: Sequence[str]
+) -> LayoutError:
     listed = "".join(f"\n  {number}. {fix}" for number, fix in enumerate(fixes, 1))
     return LayoutError(
         word(
@@ -162,7 +184,11 @@ def _state(x: Any, axis: str, op: str, allowed: tuple[str, ...]) -> None:
     if state in allowed:
         return
     what = f"cuts its dim {state}" if isinstance(state, int) else f"leaves it {state}"
-    hint = "use sw.reshard outside of shard_map" if isinstance(state, int) else "every device has the same value"
+    hint = (
+        "use sw.reshard outside of shard_map"
+        if isinstance(state, int)
+        else "every device has the same value"
+    )
     if state == "unreduced":
         hint = f"sum it with ops.all_reduce(x, {axis!r}) or ops.reduce_scatter"
     raise LayoutError(
@@ -199,7 +225,9 @@ def _as_varying(x: ShardedTensor, axis: str) -> ShardedTensor:
     old = x.layout
     dims = tuple(tuple(a for a in axes if a != axis) for axes in old.dims)
     layout = make(dims, old.unreduced, old.reduced, old.varying | {axis}, old.memory, old.at)
-    return relabelled(x, layout, (*x.shape[:dim], x.shape[dim] // x.mesh.axes[axis], *x.shape[dim + 1 :]))
+    return relabelled(
+        x, layout, (*x.shape[:dim], x.shape[dim] // x.mesh.axes[axis], *x.shape[dim + 1 :])
+    )
 
 
 def all_gather(x: ShardedTensor, axis: str, dim: int) -> ShardedTensor:
@@ -226,11 +254,14 @@ def all_gather(x: ShardedTensor, axis: str, dim: int) -> ShardedTensor:
         return convert(_as_cut(x, axis, _dim(x, dim, "all_gather")), axis, "reduced")
 
 
-def all_reduce(x: ShardedTensor, axis: str, op: Literal["sum", "max", "min"] = "sum") -> ShardedTensor:
+def all_reduce(
+    x: ShardedTensor, axis: str, op: Literal["sum", "max", "min"] = "sum"
+) -> ShardedTensor:
     """The sum, maximum or minimum over the devices of an axis, replicated. Inside `shard_map`.
 
     Args:
-        x: varying over `axis`; for a sum also unreduced. For "max" and "min" without gradient: `x.detach()`.
+        x: varying over `axis`; for a sum also unreduced. For "max" and "min" without gradient:
+            `x.detach()`.
         axis: a mesh axis of n devices.
         op: what combines the values.
 
@@ -313,13 +344,15 @@ def all_to_all(x: ShardedTensor, axis: str, split_dim: int, concat_dim: int) -> 
         return _as_varying(convert(_as_cut(x, axis, concat), axis, split), axis)
 
 
-def permute(x: ShardedTensor, axis: str, pairs: Sequence[tuple[int, int]]) -> ShardedTensor:
+def permute(x: ShardedTensor, axis: Any, *pairs: Any, **keywords: Any) -> ShardedTensor:
     """Each device's value sent to another position of an axis; zeros where none arrives. Inside `shard_map`.
 
     Args:
         x: varying over `axis`.
-        axis: a mesh axis.
-        pairs: (source, target) positions; each sends once and receives once at most.
+        axis: a mesh axis. A tuple of dims instead means `torch.permute`.
+        *pairs: one sequence of (source, target) positions; each sends once and receives once at
+            most.
+        **keywords: `out` and `over` of `torch.permute`.
 
     Cost: the bytes of `x` per device. Gradient: the inverse pairs.
 
@@ -329,9 +362,13 @@ def permute(x: ShardedTensor, axis: str, pairs: Sequence[tuple[int, int]]) -> Sh
     >>> sw.shard_map(f, in_layouts="n/ring", out_layouts="n/ring")(x).full_tensor()
     tensor([2., 0., 1.])
     """
+    if not isinstance(axis, str):
+        return x.permute(axis, *pairs, **keywords)  # type: ignore[no-any-return]
+    if len(pairs) != 1 or keywords:
+        raise TypeError("permute: along a mesh axis it takes x, axis, pairs")
     _state(x, axis, "permute", ("varying",))
     with record.acting("permute", "shard_map"):
-        return permute_shards(x, axis, pairs)
+        return permute_shards(x, axis, pairs[0])
 
 
 def axis_index(axis: str) -> ShardedTensor:
@@ -345,8 +382,15 @@ def axis_index(axis: str) -> ShardedTensor:
     """
     mesh = _MESH.get()
     if mesh is None:
-        raise LayoutError("axis_index: there is no mesh to read here: call it inside sw.shard_map", op="axis_index")
+        raise LayoutError(
+            "axis_index: there is no mesh to read here: call it inside sw.shard_map",
+            op="axis_index",
+        )
     mesh.check_axes((axis,))
     where = mesh.shard_device
-    shards: list[Tensor] = [torch.tensor(p, dtype=torch.int64, device=where) for p in mesh.positions((axis,))]
-    return ShardedTensor(tuple(shards), make_type(mesh, make((), varying=frozenset((axis,))), (), torch.int64))
+    shards: list[Tensor] = [
+        torch.tensor(p, dtype=torch.int64, device=where) for p in mesh.positions((axis,))
+    ]
+    return ShardedTensor(
+        tuple(shards), make_type(mesh, make((), varying=frozenset((axis,))), (), torch.int64)
+    )

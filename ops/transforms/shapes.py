@@ -1,4 +1,4 @@
-"""Types without memory: `eval_shape`, and `check_stable`, which asserts that a step keeps its state's types."""
+"""Types without memory: `eval_shape`, and `check_stable`, which holds a step to its state's types."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         **kwargs: passed on.
 
     Returns:
-        The result's tree with ShardedTensors that hold no data, on the abstract twin of the arguments' mesh:
-        the same axes, no devices.
+        The result's tree with ShardedTensors that hold no data, on the abstract twin of the
+        arguments' mesh: the same axes, no devices.
 
     >>> import shardwise as sw
     >>> mesh = sw.make_mesh({"data": 512}, transport="abstract")
@@ -56,9 +56,9 @@ def check_stable(f: Callable[..., Any], *args: Any) -> None:
     """Raise unless the state that `f` returns has the layouts, shapes and dtypes of the state it was given.
 
     Args:
-        f: a step. It returns a new state of the structure of its first argument; or a tuple whose leading
-            elements are new values of its leading arguments: `step(params, state, batch)` that returns
-            (params, state, loss) is checked in its first two.
+        f: a step. It returns a new state of the structure of its first argument; or a tuple whose
+            leading elements are new values of its leading arguments: `step(params, state, batch)`
+            that returns (params, state, loss) is checked in its first two.
         *args: its arguments; nothing runs on their data.
 
     Raises:
@@ -93,7 +93,9 @@ def check_stable(f: Callable[..., Any], *args: Any) -> None:
         )
 
 
-def _pairs(f: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Iterator[tuple[str, Any, Any]]:
+def _pairs(
+    f: Callable[..., Any], args: tuple[Any, ...], result: Any
+) -> Iterator[tuple[str, Any, Any]]:
     """Name, state given, state returned."""
     names = _names(f, len(args))
     first = optree.tree_structure(args[0], none_is_leaf=True)
@@ -104,7 +106,7 @@ def _pairs(f: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Iterato
         same = optree.tree_structure(before, none_is_leaf=True) == optree.tree_structure(
             after, none_is_leaf=True
         )
-        if number and not same or number and _is_report(before, after):
+        if number and (not same or _is_report(before, after)):
             return
         yield name, before, after
 

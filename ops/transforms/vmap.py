@@ -1,9 +1,9 @@
 """`vmap`: the mapped dim, with the axes that cut it, is invisible inside.
 
-One `torch.func.vmap` runs over the flat shards of all devices. A mapped argument whose mapped dim is cut by axis
-`data` is seen without that dim, *varying* over `data`: each device works on its own entries. What varies meets only
-what is equal on the devices, cast to reduced, so the gradients of weights that the function closes over are summed
-over `data` as without vmap.
+One `torch.func.vmap` runs over the flat shards of all devices. A mapped argument whose mapped dim
+is cut by axis `data` is seen without that dim, *varying* over `data`: each device works on its own
+entries. What varies meets only what is equal on the devices, cast to reduced, so the gradients of
+weights that the function closes over are summed over `data` as without vmap.
 """
 
 from __future__ import annotations
@@ -29,25 +29,31 @@ InDims = Any  # an int or None, or a tree prefix of them
 
 
 def vmap(
-    f: Callable[..., Any], in_dims: InDims = 0, out_dims: InDims = 0, *, chunk_size: int | None = None
+    f: Callable[..., Any],
+    in_dims: InDims = 0,
+    out_dims: InDims = 0,
+    *,
+    chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """`f` applied to every entry of a dim, all at once.
 
     Args:
         f: a function of tensors without that dim.
-        in_dims: the mapped dim of each argument, None where it is not mapped; one for all, or a tree
-            prefix of the arguments. Keyword arguments are not mapped.
-        out_dims: where the dim goes in the results; None for a result that is the same for all entries.
+        in_dims: the mapped dim of each argument, None where it is not mapped; one for all, or a
+            tree prefix of the arguments. Keyword arguments are not mapped.
+        out_dims: where the dim goes in the results; None for a result that is the same for all
+            entries.
         chunk_size: entries per device that run at once; None runs all.
 
     Returns:
         A function of the same arguments. The mapped dim's axes come back on the dim of the results.
 
-    Cost: nothing moves, but for a mapped argument cut over these axes elsewhere. Gradient: that of `f`.
+    Cost: nothing moves, but for a mapped argument cut over these axes elsewhere. Gradient: that of
+    `f`.
 
     Raises:
-        LayoutError: kind "choice" if mapped dims are cut by different axes; a result for out_dims None
-            that differs between entries.
+        LayoutError: kind "choice" if mapped dims are cut by different axes; a result for out_dims
+            None that differs between entries.
         ValueError: nothing is mapped, or the mapped dims have different sizes.
 
     >>> import torch, shardwise as sw
@@ -63,13 +69,17 @@ def vmap(
         leaves, spec = optree.tree_flatten(args, none_is_leaf=True)
         dims = _dims(leaves, _prefix(in_dims, args, "in_dims"))
         leaves, axes, size = _aligned(leaves, dims)
-        inside = [_inside(x, d, axes) if d is not None else x for x, d in zip(leaves, dims, strict=True)]
+        inside = [
+            _inside(x, d, axes) if d is not None else x for x, d in zip(leaves, dims, strict=True)
+        ]
         ways = tuple(d for x, d in zip(leaves, dims, strict=True) if d is not None for _ in flat(x))
         box: list[Any] = []
 
         def run(*shards: Tensor) -> tuple[Tensor, ...]:
             at = iter(shards)
-            values = [_filled(x, at) if d is not None else x for x, d in zip(inside, dims, strict=True)]
+            values = [
+                _filled(x, at) if d is not None else x for x, d in zip(inside, dims, strict=True)
+            ]
             with mapped_over(axes):
                 result = f(*spec.unflatten(values), **kwargs)
                 made, shape = optree.tree_flatten(result, none_is_leaf=True)
@@ -82,7 +92,10 @@ def vmap(
         out = iter(torch.func.vmap(run, in_dims=ways, chunk_size=chunk_size)(*given))
         made, shape, to = box
         return shape.unflatten(
-            [_back(v, d, out, axes, size) if _moves(v, d) else outside(v) for v, d in zip(made, to, strict=True)]
+            [
+                _back(v, d, out, axes, size) if _moves(v, d) else outside(v)
+                for v, d in zip(made, to, strict=True)
+            ]
         )
 
     return mapped
@@ -185,7 +198,8 @@ def _leaving(x: Any, d: int | None, axes: Axes) -> Any:
     mapped = any(torch._C._functorch.maybe_get_level(s) == level for s in flat(x))
     if mapped or (isinstance(x, ShardedTensor) and x.layout.varying & frozenset(axes)):
         raise LayoutError(
-            f"vmap: out_dims is None for a result that differs between entries: {x}\ngive it a dim", op="vmap"
+            f"vmap: out_dims is None for a result that differs between entries: {x}\ngive it a dim",
+            op="vmap",
         )
     return x
 

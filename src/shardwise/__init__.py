@@ -31,12 +31,15 @@ from .ops.plan import Plan as Plan
 from .ops.plan import plan as plan
 from .ops.plan import record as record
 from .ops.planner import cheapest as cheapest
+from .ops.transforms.accumulate import accumulate as accumulate
 from .ops.transforms.forward import hvp as hvp
 from .ops.transforms.forward import jvp as jvp
 from .ops.transforms.grad import grad as grad
 from .ops.transforms.grad import value_and_grad as value_and_grad
 from .ops.transforms.grad import vjp as vjp
 from .ops.transforms.local import shard_map as shard_map
+from .ops.transforms.remat import remat as remat
+from .ops.transforms.scan import scan as scan
 from .ops.transforms.shapes import check_stable as check_stable
 from .ops.transforms.shapes import eval_shape as eval_shape
 from .ops.transforms.vmap import vmap as vmap

@@ -22,7 +22,9 @@ def test_blocks_tile_the_tensor_exactly(case):
         index = layout.index(case.value.shape, case.mesh, coord)
         covered[index] += 1
         assert case.value[index].shape == layout.local_shape(case.value.shape, case.mesh)
-    copies = case.mesh.group_size(tuple(a for a in case.mesh.axes if layout.state(a) == "replicated"))
+    copies = case.mesh.group_size(
+        tuple(a for a in case.mesh.axes if layout.state(a) == "replicated")
+    )
     assert bool((covered == copies).all())
 
 

@@ -58,7 +58,8 @@ def full(draw: Draw, key: philox.Key, *shape: int, **options: Any) -> Tensor:
 def assert_same_bits(x: Tensor, y: Tensor) -> None:
     assert x.shape == y.shape
     assert x.dtype == y.dtype
-    assert torch.equal(x.contiguous().view(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+    bits = [t.clone(memory_format=torch.contiguous_format).view(-1) for t in (x, y)]
+    assert torch.equal(bits[0].view(torch.uint8), bits[1].view(torch.uint8))
 
 
 # Words
@@ -250,8 +251,9 @@ def kolmogorov(sample: Tensor, cdf: Callable[[Tensor], Tensor]) -> float:
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Correlation times the root of n: near a standard normal for independent samples."""
-    pair = torch.stack((x.flatten(), y.flatten())).double()
-    return (torch.corrcoef(pair)[0, 1] * math.sqrt(x.numel())).item()
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    product, squares = (x * y).mean(), (x * x).mean() * (y * y).mean()
+    return (product / squares.sqrt() * math.sqrt(x.numel())).item()
 
 
 def normal_cdf(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from gallery import rng
 from torch import Tensor
 
@@ -13,7 +12,9 @@ import shardwise as sw
 from shardwise.ops.audit import split
 
 
-def placed(value: Tensor, mesh: sw.Mesh, layout: str | sw.Layout, seed: int = 0) -> sw.ShardedTensor:
+def placed(
+    value: Tensor, mesh: sw.Mesh, layout: str | sw.Layout, seed: int = 0
+) -> sw.ShardedTensor:
     """The value in a layout; what is unreduced lies in uneven random parts."""
     return split(value, mesh, sw.Layout(layout, value.ndim), rng(seed))
 

@@ -36,16 +36,16 @@ def layouts(
     sets: dict[str, set[str]] = {state: set() for state in STATES}
     for axis in draw(st.permutations(list(on.axes))):
         fits = [
-            d for d, n in enumerate(shape) if n % (on.group_size(tuple(dims[d])) * on.axes[axis]) == 0
+            d
+            for d, n in enumerate(shape)
+            if n % (on.group_size(tuple(dims[d])) * on.axes[axis]) == 0
         ]
         to = draw(st.sampled_from([*states, *fits]))
         if isinstance(to, int):
             dims[to].append(axis)
         else:
             sets[to].add(axis)
-    return make(
-        tuple(map(tuple, dims)), frozenset(sets["unreduced"]), frozenset(sets["reduced"])
-    )
+    return make(tuple(map(tuple, dims)), frozenset(sets["unreduced"]), frozenset(sets["reduced"]))
 
 
 @st.composite

@@ -1,0 +1,120 @@
+"""Scaled dot-product attention: batch and heads may be cut; keys and head_dim are needed whole.
+
+The query's sequence may be cut where every query sees the same keys: not causal, and a mask that is cut with
+it or has none. Fewer key-value heads are one factor of the query's heads: heads = (kv_heads group).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812
+
+from ..layouts.layout import LayoutLike
+from ..layouts.sharded import ShardedTensor
+from .dispatch import Info, Local, Op, export
+from .rules import Dim, Rule
+
+
+def _rule(shapes: Sequence[Any], causal: bool, scale: float | None, grouped: bool) -> Rule:
+    q, k, v = shapes[:3]
+    if min(len(s) for s in (q, k, v)) < 2 or not len(q) == len(k) == len(v):
+        raise ValueError("attention takes [..., heads, seq, head_dim] with equally many dims")
+    if q[-1] != k[-1] or k[-2] != v[-2]:
+        raise ValueError(f"sizes of q {tuple(q)}, k {tuple(k)}, v {tuple(v)} do not fit")
+    batch = [f"b{i}" for i in range(len(q) - 2)]
+    sizes = {"s": q[-2], "t": k[-2], "d": q[-1], "e": v[-1]}
+    sizes |= {name: q[i] for i, name in enumerate(batch)}
+    ahead_q: list[Dim] = [(name,) for name in batch]
+    ahead_k = list(ahead_q)
+    if grouped:
+        heads, kv = q[-3], k[-3]
+        if heads % kv or v[-3] != kv:
+            raise ValueError(f"{heads} heads are no multiple of {kv} key-value heads")
+        last = batch[-1]
+        sizes[last], sizes["g"] = kv, heads // kv
+        ahead_q[-1] = (last, "g")
+    for i, name in enumerate(batch[: len(batch) - grouped]):
+        if not q[i] == k[i] == v[i]:
+            raise ValueError(f"sizes {q[i]}, {k[i]}, {v[i]} of dim {i} ({name}) do not fit")
+    inputs = [
+        (*ahead_q, ("s",), ("d",)),
+        (*ahead_k, ("t",), ("d",)),
+        (*ahead_k, ("t",), ("e",)),
+    ]
+    if len(shapes) > 3:
+        names: list[Dim] = [*ahead_q, ("s",), ("t",)]
+        mask = shapes[3]
+        inputs.append(
+            tuple(
+                () if n == 1 and math.prod(sizes[f] for f in dim) != 1 else dim
+                for dim, n in zip(names[len(names) - len(mask) :], mask, strict=True)
+            )
+        )
+    blocked = {"t", "d", *(("s",) if causal else ())}
+    return Rule(tuple(inputs), ((*ahead_q, ("s",), ("e",)),), sizes, blocked=frozenset(blocked), linear=frozenset((2,)))
+
+
+def _local(info: Info) -> Local:
+    causal, scale, grouped = info.static
+
+    def attend(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+    return attend
+
+
+def _flops(info: Info) -> float:
+    """Two products of every query with every key, per device."""
+    points = math.prod(info.size(f) for f in info.rule.sizes if f not in ("d", "e"))
+    return 2.0 * points * (info.size("d") + info.size("e"))
+
+
+_ATTENTION = Op("scaled_dot_product_attention", _rule, _local, flops=_flops)
+
+
+@export(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(
+    query: ShardedTensor,
+    key: ShardedTensor,
+    value: ShardedTensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    out: LayoutLike | None = None,
+    over: Mapping[str, str] | None = None,
+) -> ShardedTensor:
+    """Softmax attention over the keys.
+
+    Args:
+        query: [..., heads, seq, head_dim].
+        key: [..., kv_heads, keys, head_dim].
+        value: [..., kv_heads, keys, width].
+        attn_mask: broadcast to [..., heads, seq, keys]: true where a key is seen, or added to the scores.
+        dropout_p: must be 0: use nn.dropout with a key.
+        is_causal: a query sees keys up to its own place.
+        scale: of the scores; None is 1/sqrt(head_dim).
+        enable_gqa: fewer key-value heads.
+        out: layout of the result.
+        over: mesh axis to factor, where the types leave a choice.
+
+    Raises:
+        LayoutError: kind "choice": keys, head_dim, or a causal query's sequence cut.
+
+    >>> import torch, shardwise as sw
+    >>> mesh = sw.make_mesh({"data": 2, "tensor": 2})
+    >>> q = sw.shard(torch.randn(2, 4, 6, 8), mesh, "b/data h/tensor s d")
+    >>> torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    f32[2/data 4/tensor 6 8] local[1 2 6 8] on mesh(data=2, tensor=2)
+    """
+    if dropout_p:
+        raise ValueError("attention: dropout_p must be 0 here; use nn.dropout with a key, which is mesh-independent")
+    operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    return _ATTENTION(operands, (is_causal, scale, enable_gqa), out, over)  # type: ignore[no-any-return]

@@ -1,0 +1,216 @@
+"""One entry per block: how a reduction that is no sum meets over the axes that cut a dim.
+
+A dim cut into n blocks is "(p i)", p the block and i the place in it. Each device reduces its block, which makes a
+tensor with n entries along the dim, cut by the same axes: a legal, differentiable value. `meet` then finds the largest or
+smallest of those n by one all_reduce; other ops gather them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts.convert import convert
+from ..layouts.layout import make
+from ..layouts.sharded import ShardedTensor, make_type
+from ..meshlib import record
+from ..meshlib.mesh import Mesh
+from ..meshlib.transport import Axes, ReduceOp
+from .dispatch import Info, Local, Op
+from .rules import Rule, letters
+from .shape import reshape
+
+_functorch = torch._C._are_functorch_transforms_active
+
+
+class _Meet(torch.autograd.Function):
+    """An all_reduce of max or min: without derivative, and the same for each entry of a vmap."""
+
+    @staticmethod
+    def forward(mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        if record.LOGS:
+            record.collective("all_reduce", mesh, axes, shards[0], record.context(), op)
+        return tuple(mesh.comm.all_reduce(shards, axes, op))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+        return (None,) * (3 + len(grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: D102
+        return (None,) * (len(tangents) - 3)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> Any:  # noqa: D102
+        front = [
+            s.unsqueeze(0).expand(info.batch_size, *s.shape) if d is None else s.movedim(d, 0)
+            for s, d in zip(shards, dims[3:], strict=True)
+        ]
+        return _meet_shards(mesh, axes, op, front), (0,) * len(shards)
+
+
+def _meet_shards(mesh: Mesh, axes: Axes, op: ReduceOp, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The largest or smallest of each entry over the devices of the axes."""
+    if _functorch():
+        return _Meet.apply(mesh, axes, op, *shards)  # type: ignore[no-any-return]
+    return _Meet.forward(mesh, axes, op, *shards)
+
+
+def meet(blocks: ShardedTensor, dims: Sequence[int], op: ReduceOp) -> ShardedTensor:
+    """The largest or smallest entry along dims that hold one entry per device; no gradient.
+
+    Args:
+        blocks: undifferentiated; along each of `dims` the axes that cut it leave local size 1.
+        dims: to reduce; they stay, with size 1.
+        op: "max" or "min".
+
+    Returns:
+        Replicated over the axes that cut those dims.
+
+    Cost: one joint all_reduce of the local tensor.
+    """
+    old, mesh = blocks.layout, blocks.mesh
+    cut = {a for d in dims for a in old.dims[d]}
+    axes = tuple(a for a in mesh.axes if a in cut)
+    if not axes:
+        return blocks
+    shards = _meet_shards(mesh, axes, op, blocks._shards)
+    left = tuple(() if d in dims else a for d, a in enumerate(old.dims))
+    shape = [1 if d in dims else n for d, n in enumerate(blocks.shape)]
+    layout = make(left, old.unreduced, old.reduced, old.varying, old.memory, old.at)
+    return ShardedTensor(shards, make_type(mesh, layout, shape, blocks.dtype, False))
+
+
+# One entry per block: a dim "(p i)" whose p is what cuts it becomes "p".
+
+BLOCK: dict[str, Callable[..., Tensor]] = {
+    "max": lambda x, dims: torch.amax(x, dims, keepdim=True),
+    "min": lambda x, dims: torch.amin(x, dims, keepdim=True),
+    "sum": lambda x, dims: torch.sum(x, dims, keepdim=True),
+    "prod": lambda x, dims: torch.prod(x, dims[0], keepdim=True),
+    "logsumexp": lambda x, dims: torch.logsumexp(x, dims, keepdim=True),
+}
+
+
+def block_rule(
+    shapes: Sequence[Any], dims: tuple[int, ...], counts: tuple[int, ...], linear: bool = False
+) -> Rule:
+    """The first operand's dims of n blocks each become n entries; others have those n entries or size 1."""
+    names = letters(len(shapes[0]))
+    sizes: dict[str, int] = {}
+    ins: list[tuple[str, ...]] = []
+    outs: list[tuple[str, ...]] = []
+    for d, (name, size) in enumerate(zip(names, shapes[0], strict=True)):
+        if d in dims:
+            n = counts[dims.index(d)]
+            sizes |= {f"p{d}": n, f"i{d}": size // n}
+            ins.append((f"p{d}", f"i{d}") if n > 1 else (f"i{d}",))
+            outs.append((f"p{d}",) if n > 1 else ())
+        else:
+            sizes[name] = size
+            ins.append((name,))
+            outs.append((name,))
+    others = tuple(
+        tuple(() if n == 1 else dim for n, dim in zip(shape, outs, strict=True)) for shape in shapes[1:]
+    )
+    return Rule(
+        (tuple(ins), *others),
+        (tuple(outs),),
+        sizes,
+        frozenset(f"i{d}" for d in dims),
+        linear=frozenset((0,)) if linear else frozenset(),
+    )
+
+
+_BLOCKS = {
+    name: Op(
+        name,
+        lambda shapes, dims, counts, name=name: block_rule(shapes, dims, counts, name == "sum"),
+        lambda info, function=function: lambda x: function(x, info.static[0]),
+    )
+    for name, function in BLOCK.items()
+}
+
+
+def blockwise(x: ShardedTensor, dims: tuple[int, ...], kind: str) -> ShardedTensor:
+    """Each device's block reduced to one entry along `dims`: local, nothing moves."""
+    return _BLOCKS[kind]((x,), (dims, parts(x, dims)))  # type: ignore[no-any-return]
+
+
+def parts(x: ShardedTensor, dims: Sequence[int]) -> tuple[int, ...]:
+    """Into how many blocks each dim is cut."""
+    return tuple(x.mesh.group_size(x.layout.dims[d]) for d in dims)
+
+
+def extremum(x: ShardedTensor, dims: tuple[int, ...], op: ReduceOp) -> ShardedTensor:
+    """Largest or smallest entry along dims, which stay with size 1; without gradient.
+
+    Cost: one all_reduce of the result where an axis cuts one of the dims.
+    """
+    return meet(blockwise(x.detach(), dims, op), dims, op)
+
+
+def dropped(x: ShardedTensor, dims: tuple[int, ...], keepdim: bool) -> ShardedTensor:
+    """Without dims of size 1, unless they are to be kept."""
+    if keepdim or not dims:
+        return x
+    return reshape(x, [n for d, n in enumerate(x.shape) if d not in dims])
+
+
+def extreme_value(
+    x: ShardedTensor, dims: tuple[int, ...], keepdim: bool, op: ReduceOp
+) -> ShardedTensor:
+    """As `extremum`, which keeps the dims, with a choice."""
+    return dropped(extremum(x, dims, op), dims, keepdim)
+
+
+def settled(x: ShardedTensor) -> ShardedTensor:
+    """Every owed sum taken: one joint all_reduce to replicated."""
+    owed = tuple(a for a in x.mesh.axes if a in x.layout.unreduced)
+    return convert(x, owed, "replicated") if owed else x
+
+
+# Where the extreme entry is: the smallest global index among those that equal it.
+
+
+def _first_local(info: Info) -> Local:
+    dims, counts = info.static
+    total = [info.kinds[0].shape[d] for d in dims]
+    here = [n // c for n, c in zip(total, counts, strict=True)]
+    end = 1
+    for n in total:
+        end *= n
+
+    def at(offsets: tuple[int, ...]) -> Callable[..., Tensor]:
+        def first(x: Tensor, largest: Tensor) -> Tensor:
+            place = torch.zeros((), dtype=torch.int64, device=x.device)
+            for d, n, size, offset in zip(dims, total, here, offsets, strict=True):
+                steps = torch.arange(offset, offset + size, device=x.device)
+                place = place * n + steps.reshape(-1, *(1,) * (x.ndim - 1 - d))
+            hit = (x == largest) | (x != x)  # with a nan anywhere, the extreme is nan and nan is found
+            return torch.where(hit, place, end).amin(dims, keepdim=True)
+
+        return first
+
+    starts = [
+        [p * size for p in info.mesh.positions(info.axes(f"p{d}"))] for d, size in zip(dims, here, strict=True)
+    ]
+    return [at(offsets) for offsets in zip(*starts, strict=True)]
+
+
+_FIRST = Op("argmax", block_rule, _first_local, differentiable=False)
+
+
+def first_index(x: ShardedTensor, extreme: ShardedTensor, dims: tuple[int, ...]) -> ShardedTensor:
+    """The first global index, row-major over `dims`, where x equals its extreme; dims stay with size 1.
+
+    Cost: one all_reduce(min) of int64 where an axis cuts one of the dims.
+    """
+    return meet(_FIRST((x.detach(), extreme), (dims, parts(x, dims))), dims, "min")
