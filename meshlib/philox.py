@@ -252,6 +252,7 @@ def truncated_normal(
 
     def finish(*halves: Tensor) -> Tensor:
         probability = _fraction(*halves, offset=0.5).mul_(inside).add_(below)
+        probability.clamp_(max=1.0 - 2.0**-53)  # sums that round to 1 would be infinitely far out
         values: Tensor = torch.special.ndtri(probability)  # pyright: ignore[reportUnknownMemberType]
         return _rounded(values.clamp_(near, far).mul_(sign * std).add_(mean), dtype)
 

@@ -10,6 +10,7 @@ from . import (
     index,
     join,
     losses,
+    moments,
     normalize,
     ordered,
     pointwise,
@@ -20,7 +21,7 @@ from . import (
 )
 from .audit import audit as audit
 
-_ROOMS = (pointwise, contract, reduce, shape, broadcast, join, slicing, blocks, index, scatter, einops, extreme, normalize, attention, ordered, losses)
+_ROOMS = (pointwise, contract, reduce, shape, broadcast, join, slicing, blocks, index, scatter, einops, extreme, moments, normalize, attention, ordered, losses)
 for _room in _ROOMS:
     globals().update(
         {
@@ -31,9 +32,9 @@ for _room in _ROOMS:
     )
 
 # After the rooms: inside shard_map `permute` is the collective; torch's own stays the method x.permute(...).
-from .transforms.local import all_gather as all_gather  # noqa: E402
-from .transforms.local import all_reduce as all_reduce  # noqa: E402
-from .transforms.local import all_to_all as all_to_all  # noqa: E402
-from .transforms.local import axis_index as axis_index  # noqa: E402
-from .transforms.local import permute as permute  # noqa: E402
-from .transforms.local import reduce_scatter as reduce_scatter  # noqa: E402
+from .transforms.collectives import all_gather as all_gather  # noqa: E402
+from .transforms.collectives import all_reduce as all_reduce  # noqa: E402
+from .transforms.collectives import all_to_all as all_to_all  # noqa: E402
+from .transforms.collectives import axis_index as axis_index  # noqa: E402
+from .transforms.collectives import permute as permute  # noqa: E402
+from .transforms.collectives import reduce_scatter as reduce_scatter  # noqa: E402

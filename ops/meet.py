@@ -103,22 +103,22 @@ def block_rule(
     shapes: Sequence[Any], dims: tuple[int, ...], counts: tuple[int, ...], linear: bool = False
 ) -> Rule:
     """The first operand's dims of n blocks each become n entries; others have those n entries or size 1."""
-    names = letters(len(shapes[0]))
     sizes: dict[str, int] = {}
     ins: list[tuple[str, ...]] = []
     outs: list[tuple[str, ...]] = []
-    for d, (name, size) in enumerate(zip(names, shapes[0], strict=True)):
+    for d, (name, size) in enumerate(zip(letters(len(shapes[0])), shapes[0], strict=True)):
         if d in dims:
             n = counts[dims.index(d)]
             sizes |= {f"p{d}": n, f"i{d}": size // n}
-            ins.append((f"p{d}", f"i{d}") if n > 1 else (f"i{d}",))
-            outs.append((f"p{d}",) if n > 1 else ())
+            ins.append((f"p{d}", f"i{d}"))
+            outs.append((f"p{d}",))
         else:
             sizes[name] = size
             ins.append((name,))
             outs.append((name,))
     others = tuple(
-        tuple(() if n == 1 else dim for n, dim in zip(shape, outs, strict=True)) for shape in shapes[1:]
+        tuple(() if n == 1 and sizes[dim[0]] != 1 else dim for n, dim in zip(shape, outs, strict=True))
+        for shape in shapes[1:]
     )
     return Rule(
         (tuple(ins), *others),

@@ -1,171 +1,291 @@
 """Softmax and the norms: an uncut dim runs torch's own kernel; a cut one exchanges statistics only.
 
-    over a cut dim      forward                             backward
-    softmax             all_reduce(max), all_reduce         all_reduce
-    logsumexp           all_reduce(max), all_reduce         none
-    rms_norm            all_reduce                          all_reduce
-    layer_norm          all_reduce of mean, of variance     the same two
+    over a cut dim           forward                                backward
+    softmax, log_softmax     all_reduce(max), all_reduce            all_reduce
+    logsumexp                all_reduce(max), all_reduce            none
+    rms_norm                 all_reduce                             all_reduce
+    layer_norm               all_reduce of mean, of variance        the same two
 
-all of the tensor's size without that dim. The protocols are other ops put together, so their gradients follow.
+each of the tensor's size without that dim. The protocols are other ops put together, so their gradients follow.
+A weight is cut as x is; a weight that is cut where x is not is a choice: slice x, or gather the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
-from ..layouts.convert import convert
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
-from .meet import extreme_value
-from .reduce import Dims, normal_dims, reduction
+from .meet import dropped, extremum, settled
+from .moments import vector_norm
+from .pointwise import clamp, exp, log, mul, neg, rsqrt, to, where
+from .reduce import Dims, mean, normal_dims, reduction, sum
 from .rules import Rule, letters, sized
+from .shape import reshape
 
 Over = Mapping[str, str] | None
+Ints = tuple[int, ...]
 
 
 def _along(shapes: Any, dim: int, *_: Any) -> Rule:
     names = letters(len(shapes[0]))
     dims = tuple((n,) for n in names)
-    (place,) = normal_dims(dim, len(names))
-    return sized(Rule((dims,), (dims,), blocked=frozenset({names[place]})), shapes)
+    at = normal_dims(dim, len(names))
+    return sized(Rule((dims,), (dims,), blocked=frozenset(names[d] for d in at)), shapes)
 
 
-def _finite(top: ShardedTensor) -> ShardedTensor:
-    """The maximum to subtract; 0 where a whole row is -inf."""
-    return torch.where(torch.isinf(top), 0.0, top)  # type: ignore[call-overload, no-any-return]
+def _kernel(function: Callable[..., Any]) -> Callable[[Info], Local]:
+    def local(info: Info) -> Local:
+        dim, dtype = info.static
+        return lambda x: function(x, dim, dtype=dtype)
+
+    return local
 
 
-def _exponentials(x: ShardedTensor, dim: int) -> tuple[ShardedTensor, ShardedTensor, ShardedTensor]:
-    """x less its maximum, the exponential of that, and its sum, still owed over the cut."""
-    (place,) = normal_dims(dim, x.ndim)
-    low = x - extreme_value(x, (place,), True, "max")
-    e = torch.exp(low)  # type: ignore[call-overload]
-    return low, e, e.sum(place, keepdim=True)
+def widened(x: ShardedTensor) -> ShardedTensor:
+    """In float32 if it is narrower: statistics are taken there, as torch's kernels do."""
+    return to(x, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _softmax(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x,), (dim, dtype) = operands, static
-    _, e, total = _exponentials(x if dtype is None else x.to(dtype), dim)
-    return e / total  # type: ignore[no-any-return]
+def _softmax_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    (x,) = operands
+    dim, dtype = static
+    dims = normal_dims(dim, x.ndim)
+    wide = widened(x if dtype is None else to(x, dtype))
+    e = exp(wide - extremum(wide, dims, "max"))
+    return to(e / settled(sum(e, dims, True)), dtype or x.dtype)
 
 
-def _log_softmax(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x,), (dim, dtype) = operands, static
-    low, _, total = _exponentials(x if dtype is None else x.to(dtype), dim)
-    return low - torch.log(total)  # type: ignore[call-overload, no-any-return]
+def _log_softmax_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    (x,) = operands
+    dim, dtype = static
+    dims = normal_dims(dim, x.ndim)
+    wide = widened(x if dtype is None else to(x, dtype))
+    low = wide - extremum(wide, dims, "max")
+    return to(low - log(settled(sum(exp(low), dims, True))), dtype or x.dtype)
 
 
-def _plain(function: Any) -> Any:
-    return lambda info: lambda x: function(x, info.static[0], dtype=info.static[1])
+_SOFTMAX = Op("softmax", _along, _kernel(torch.softmax), protocol=_softmax_cut)
+_LOG_SOFTMAX = Op("log_softmax", _along, _kernel(torch.log_softmax), protocol=_log_softmax_cut)
 
 
-_SOFTMAX = Op("softmax", _along, _plain(torch.softmax), protocol=_softmax)
-_LOG_SOFTMAX = Op("log_softmax", _along, _plain(torch.log_softmax), protocol=_log_softmax)
+def _softmax(
+    op: Op, x: ShardedTensor, dim: int | None, dtype: Any, out: LayoutLike | None, over: Over
+) -> ShardedTensor:
+    if dim is None:
+        raise TypeError(f"{op.name}: say which dim; torch's guess is deprecated")
+    return op((x,), (normal_dims(dim, x.ndim)[0] if x.ndim else dim, dtype), out, over)  # type: ignore[no-any-return]
 
 
-def _positional(dim: Any, rest: tuple[Any, ...], dtype: Any) -> Any:
-    """dtype of `torch.softmax(x, dim, dtype)` and of F.softmax(x, dim, _stacklevel, dtype)."""
-    found = [d for d in rest if isinstance(d, torch.dtype)]
-    return found[0] if found else dtype
-
-
-@export(torch.softmax, F.softmax, methods=["softmax"])
+@export(torch.softmax, torch.special.softmax, methods=["softmax"])
 def softmax(
     x: ShardedTensor,
-    dim: int = -1,
-    *rest: Any,
+    dim: int,
     dtype: torch.dtype | None = None,
+    *,
     out: LayoutLike | None = None,
     over: Over = None,
-    **_stack: Any,
 ) -> ShardedTensor:
     """exp(x) over its sum along a dim, which may be cut.
 
+    Cost along a cut dim: an all_reduce(max) and an all_reduce of x without that dim; one backward.
+
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.zeros(2, 4), sw.make_mesh({"tensor": 2}), "b n/tensor")
+    >>> torch.softmax(x, -1)
+    f32[2 4/tensor] local[2 2] on mesh(tensor=2)
     >>> torch.softmax(x, -1).full_tensor()[0]
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    return _SOFTMAX((x,), (dim, _positional(dim, rest, dtype)), out, over)  # type: ignore[no-any-return]
+    return _softmax(_SOFTMAX, x, dim, dtype, out, over)
 
 
-@export(torch.log_softmax, F.log_softmax, methods=["log_softmax"])
+@export(torch.log_softmax, torch.special.log_softmax, methods=["log_softmax"])
 def log_softmax(
     x: ShardedTensor,
-    dim: int = -1,
-    *rest: Any,
+    dim: int,
     dtype: torch.dtype | None = None,
+    *,
     out: LayoutLike | None = None,
     over: Over = None,
-    **_stack: Any,
 ) -> ShardedTensor:
-    """Logarithm of the softmax along a dim, which may be cut."""
-    return _LOG_SOFTMAX((x,), (dim, _positional(dim, rest, dtype)), out, over)  # type: ignore[no-any-return]
+    """Logarithm of the softmax along a dim, which may be cut. Cost as `softmax`.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.zeros(2, 4), sw.make_mesh({"tensor": 2}), "b n/tensor")
+    >>> torch.log_softmax(x, -1).full_tensor()[0]
+    tensor([-1.3863, -1.3863, -1.3863, -1.3863])
+    """
+    return _softmax(_LOG_SOFTMAX, x, dim, dtype, out, over)
+
+
+# torch.nn.functional has a third positional argument, for its own warnings.
+export(F.softmax)(lambda x, dim=None, _stacklevel=3, dtype=None, **kw: softmax(x, dim, dtype, **kw))
+export(F.log_softmax)(
+    lambda x, dim=None, _stacklevel=3, dtype=None, **kw: log_softmax(x, dim, dtype, **kw)
+)
 
 
 @export(F.softmin)
-def softmin(x: ShardedTensor, dim: int = -1, *rest: Any, **keywords: Any) -> ShardedTensor:
+def softmin(
+    x: ShardedTensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> ShardedTensor:
     """Softmax of -x."""
-    return softmax(-x, dim, *rest, **keywords)
+    return _softmax(_SOFTMAX, neg(x), dim, dtype, out, over)
 
 
-def _lse_rule(shapes: Any, dims: tuple[int, ...], keepdim: bool) -> Rule:
+def _lse_rule(shapes: Any, dims: Ints, keepdim: bool) -> Rule:
     return sized(reduction(dims, keepdim, len(shapes[0]), reduced="logsumexp"), shapes)
-
-
-def _lse_protocol(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x,), (dims, keepdim) = operands, static
-    top = _finite(extreme_value(x, dims, True, "max"))
-    total = torch.exp(x - top).sum(dims, keepdim=True)  # type: ignore[call-overload]
-    result = torch.log(total) + top  # type: ignore[call-overload]
-    return result if keepdim else result.squeeze(dims)  # type: ignore[no-any-return]
 
 
 def _lse_local(info: Info) -> Local:
     dims, keepdim = info.static
-    return lambda x: torch.logsumexp(x, dims, keepdim=keepdim) if dims else x.clone()
+    return lambda x: torch.logsumexp(x, dims or 0, keepdim=keepdim)
 
 
-_LOGSUMEXP = Op("logsumexp", _lse_rule, _lse_local, protocol=_lse_protocol)
+def _lse_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    (x,) = operands
+    dims, keepdim = static
+    wide = widened(x)
+    top = extremum(wide, dims, "max")
+    top = where(top.isinf(), 0, top)  # a row of -inf stays -inf, without inf - inf
+    result = log(settled(sum(exp(wide - top), dims, True))) + top
+    return to(dropped(result, dims, keepdim), x.dtype)
 
 
-@export(torch.logsumexp, methods=["logsumexp"])
-def logsumexp(x: ShardedTensor, dim: Dims, keepdim: bool = False) -> ShardedTensor:
-    """log(sum(exp(x))) over dims, which may be cut; robust against overflow."""
-    return _LOGSUMEXP((x,), (normal_dims(dim, x.ndim), keepdim))  # type: ignore[no-any-return]
+_LOGSUMEXP = Op("logsumexp", _lse_rule, _lse_local, protocol=_lse_cut)
 
 
-def _norm_rule(shapes: Any, width: int, *_: Any) -> Rule:
-    names = letters(len(shapes[0]))
-    x = tuple((n,) for n in names)
+@export(torch.logsumexp, torch.special.logsumexp, methods=["logsumexp"])
+def logsumexp(
+    x: ShardedTensor,
+    dim: Dims,
+    keepdim: bool = False,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> ShardedTensor:
+    """log(sum(exp(x))) over dims, which may be cut; robust against overflow.
+
+    Cost over a cut dim: an all_reduce(max) and an all_reduce of the result; backward none.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.full((4,), 1000.0), sw.make_mesh({"tensor": 2}), "n/tensor")
+    >>> x.logsumexp(0).full_tensor()
+    tensor(1001.3863)
+    """
+    return _LOGSUMEXP((x,), (normal_dims(dim, x.ndim), keepdim), out, over)  # type: ignore[no-any-return]
+
+
+def leads(x: Any, dims: Sequence[int], others: Sequence[tuple[Any, Sequence[int]]]) -> bool:
+    """Whether a protocol over x's `dims` may run: no other operand is cut along them where x is not."""
+    for k, d in enumerate(dims):
+        mine = x.layout.dims[d]
+        for other, theirs in others:
+            if isinstance(other, ShardedTensor) and set(other.layout.dims[theirs[k]]) - set(mine):
+                return False
+    return True
+
+
+def _norm_rule(shapes: Any, width: int, eps: Any, has_bias: bool) -> Rule:
+    x = tuple((n,) for n in letters(len(shapes[0])))
     last = x[len(x) - width :]
     return sized(
-        Rule((x, *(last for _ in shapes[1:])), (x,), blocked=frozenset(n for (n,) in last)), shapes
+        Rule(
+            (x, *(last for _ in shapes[1:])),
+            (x,),
+            blocked=frozenset(n for (n,) in last),
+            linear=frozenset() if has_bias else frozenset((1,)),
+        ),
+        shapes,
     )
 
 
+def _last(x: Any, width: int) -> Ints:
+    return tuple(range(x.ndim - width, x.ndim))
+
+
+def _local_shape(info: Info) -> Ints:
+    width = info.static[0]
+    return tuple(info.size(dim[0]) if dim else 1 for dim in info.rule.outputs[0][-width:])
+
+
 def _rms_local(info: Info) -> Local:
-    width, eps, _ = info.static
-    shape = tuple(info.size(dim[0]) for dim in info.rule.outputs[0][-width:])
+    shape, eps = _local_shape(info), info.static[1]
     return lambda x, weight=None: F.rms_norm(x, shape, weight, eps)
 
 
-def _rms_protocol(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x, *weight), (width, eps, dtype) = operands, static
-    dims = tuple(range(x.ndim - width, x.ndim))
-    wide = x.to(torch.float32) if x.element_size() < 4 else x
+def _rms_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    x, *weight = operands
+    width, eps, _ = static
+    wide = widened(x)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    y = wide * torch.rsqrt((wide * wide).mean(dims, keepdim=True) + eps)  # type: ignore[call-overload]
-    y = y.to(x.dtype)
-    return y * weight[0] if weight else y  # type: ignore[no-any-return]
+    square = settled(mean(wide * wide, _last(x, width), True))
+    y = to(wide * rsqrt(square + eps), x.dtype)
+    return y * weight[0] if weight else y
 
 
-_RMS = Op("rms_norm", _norm_rule, _rms_local, protocol=_rms_protocol)
+def _layer_local(info: Info) -> Local:
+    shape, (_, eps, has_bias) = _local_shape(info), info.static
+
+    def norm(x: Any, *rest: Any) -> Any:
+        *weight, bias = rest if has_bias else (*rest, None)
+        return F.layer_norm(x, shape, weight[0] if weight else None, bias, eps)
+
+    return norm
+
+
+def _layer_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    x, *rest = operands
+    width, eps, has_bias = static
+    dims, wide = _last(x, width), widened(x)
+    centred = wide - settled(mean(wide, dims, True))
+    variance = settled(mean(centred * centred, dims, True))
+    y = to(centred * rsqrt(variance + eps), x.dtype)
+    bias = rest.pop() if has_bias else None
+    y = mul(y, rest[0]) if rest else y
+    return y if bias is None else y + bias
+
+
+# With the protocol, and without: an uncut x beside a cut weight is a choice.
+_RMS = (Op("rms_norm", _norm_rule, _rms_local), Op("rms_norm", _norm_rule, _rms_local, protocol=_rms_cut))
+_LAYER = (
+    Op("layer_norm", _norm_rule, _layer_local),
+    Op("layer_norm", _norm_rule, _layer_local, protocol=_layer_cut),
+)
+
+
+def _normed(
+    ops: tuple[Op, Op],
+    x: ShardedTensor,
+    shape: Sequence[int],
+    rest: tuple[Any, ...],
+    static: tuple[Any, ...],
+    out: LayoutLike | None,
+    over: Over,
+) -> ShardedTensor:
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    width = len(shape)
+    if not width or tuple(x.shape[-width:]) != shape:
+        raise ValueError(f"{ops[0].name}: normalized_shape {shape} is not the end of {tuple(x.shape)}")
+    given = [t for t in rest if t is not None]
+    for t in given:
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{ops[0].name}: a weight of shape {tuple(t.shape)} beside {shape}")
+    able = leads(x, _last(x, width), [(t, range(width)) for t in given])
+    return ops[able]((x, *given), (width, *static), out, over)  # type: ignore[no-any-return]
 
 
 @export(F.rms_norm, torch.rms_norm)
@@ -178,39 +298,27 @@ def rms_norm(
     out: LayoutLike | None = None,
     over: Over = None,
 ) -> ShardedTensor:
-    """x over the root of its mean square along the last dims, times weight; those dims may be cut."""
-    _fits(x, normalized_shape)
-    operands = (x,) if weight is None else (x, weight)
-    return _RMS(operands, (len(normalized_shape), eps, None), out, over)  # type: ignore[no-any-return]
+    """x over the root of its mean square along the last dims, times weight.
 
+    Args:
+        x: [..., *normalized_shape]; those dims may be cut.
+        normalized_shape: the last dims.
+        weight: of that shape.
+        eps: added to the mean square; None is the dtype's own.
+        out: the result's layout.
+        over: mesh axis to factor, where the types leave a choice.
 
-def _layer_local(info: Info) -> Local:
-    width, eps, has_weight = info.static
-    shape = tuple(info.size(dim[0]) for dim in info.rule.outputs[0][-width:])
-    if not has_weight:
-        return lambda x, bias=None: F.layer_norm(x, shape, None, bias, eps)
-    return lambda x, weight=None, bias=None: F.layer_norm(x, shape, weight, bias, eps)
+    Cost over a cut dim: an all_reduce of one number per row, forward and backward.
 
+    Raises:
+        LayoutError: kind "choice": a weight cut where x is not.
 
-def _layer_protocol(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x, *rest), (width, eps, has_weight) = operands, static
-    dims = tuple(range(x.ndim - width, x.ndim))
-    wide = x.to(torch.float32) if x.element_size() < 4 else x
-    centred = wide - _whole(wide.mean(dims, keepdim=True))
-    variance = (centred * centred).mean(dims, keepdim=True)
-    y = (centred * torch.rsqrt(variance + eps)).to(x.dtype)  # type: ignore[call-overload]
-    if has_weight:
-        y = y * rest.pop(0)
-    return y + rest[0] if rest else y  # type: ignore[no-any-return]
-
-
-def _whole(x: ShardedTensor) -> ShardedTensor:
-    """A statistic with its sum taken: subtracted from a cut tensor it would be reduced only later."""
-    owed = tuple(a for a in x.mesh.axes if a in x.layout.unreduced)
-    return convert(x, owed, "replicated") if owed else x
-
-
-_LAYER = Op("layer_norm", _norm_rule, _layer_local, protocol=_layer_protocol)
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.full((2, 4), 3.0), sw.make_mesh({"tensor": 2}), "b d/tensor")
+    >>> torch.nn.functional.rms_norm(x, (4,))
+    f32[2 4/tensor] local[2 2] on mesh(tensor=2)
+    """
+    return _normed(_RMS, x, normalized_shape, (weight,), (eps, False), out, over)
 
 
 @export(F.layer_norm, torch.layer_norm)
@@ -220,39 +328,148 @@ def layer_norm(
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
     *,
     out: LayoutLike | None = None,
     over: Over = None,
 ) -> ShardedTensor:
-    """Zero mean and unit variance along the last dims, times weight, plus bias; those dims may be cut.
+    """Zero mean and unit variance along the last dims, times weight, plus bias.
 
-    The variance is taken of centred values, so large means lose no digits.
+    Args:
+        x: [..., *normalized_shape]; those dims may be cut.
+        normalized_shape: the last dims.
+        weight: of that shape.
+        bias: of that shape.
+        eps: added to the variance.
+        cudnn_enable: no effect, as in torch.
+        out: the result's layout.
+        over: mesh axis to factor, where the types leave a choice.
+
+    Cost over a cut dim: two all_reduces of one number per row, forward and backward; the variance is taken of centred
+    values, so large means lose no digits.
+
+    Raises:
+        LayoutError: kind "choice": a weight cut where x is not.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([[1.0, 3.0]]), sw.make_mesh({"tensor": 2}), "b d/tensor")
+    >>> torch.nn.functional.layer_norm(x, (2,)).full_tensor()
+    tensor([[-1.0000,  1.0000]])
     """
-    _fits(x, normalized_shape)
-    operands = tuple(t for t in (x, weight, bias) if t is not None)
-    return _LAYER(operands, (len(normalized_shape), eps, weight is not None), out, over)  # type: ignore[no-any-return]
+    return _normed(_LAYER, x, normalized_shape, (weight, bias), (eps, bias is not None), out, over)
 
 
-def _fits(x: ShardedTensor, normalized_shape: Sequence[int]) -> None:
-    width = len(normalized_shape)
-    if not width or tuple(x.shape[-width:]) != tuple(normalized_shape):
-        raise ValueError(f"normalized_shape {tuple(normalized_shape)} is not the end of {tuple(x.shape)}")
+def _group_rule(shapes: Any, groups: int, eps: float, has_bias: bool) -> Rule:
+    x = shapes[0]
+    if len(x) < 2 or x[1] % groups:
+        raise ValueError(f"{groups} groups do not divide the channels of {tuple(x)}")
+    names = letters(len(x))
+    channels = ("g", "c")
+    dims = (("d0",), channels, *((n,) for n in names[2:]))
+    sizes = {"g": groups, "c": x[1] // groups}
+    blocked = frozenset(("c", *names[2:]))
+    return sized(Rule((dims, *((channels,) for _ in shapes[1:])), (dims,), sizes, blocked), shapes)
+
+
+def _group_local(info: Info) -> Local:
+    (_, eps, has_bias), groups = info.static, info.size("g")
+
+    def norm(x: Any, *rest: Any) -> Any:
+        *weight, bias = rest if has_bias else (*rest, None)
+        return F.group_norm(x, groups, weight[0] if weight else None, bias, eps)
+
+    return norm
+
+
+_GROUP = Op("group_norm", _group_rule, _group_local)
+
+
+@export(F.group_norm)
+def group_norm(
+    x: ShardedTensor,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> ShardedTensor:
+    """`torch.nn.functional.group_norm` of [batch, channels, ...]: batch and groups may be cut.
+
+    Raises:
+        LayoutError: kind "choice": a dim within a group is cut.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.zeros(2, 4, 3), sw.make_mesh({"tensor": 2}), "b c/tensor s")
+    >>> torch.nn.functional.group_norm(x, 2)
+    f32[2 4/tensor 3] local[2 2 3] on mesh(tensor=2)
+    """
+    operands = [t for t in (x, weight, bias) if t is not None]
+    return _GROUP(operands, (num_groups, eps, bias is not None), out, over)  # type: ignore[no-any-return]
+
+
+@export(F.batch_norm)
+def batch_norm(
+    x: ShardedTensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> ShardedTensor:
+    """Each channel of [batch, channels, ...] normalised by its statistics over the GLOBAL batch, or running ones.
+
+    Cost while training: two all_reduces of [channels] where batch or space is cut. Running statistics are not written:
+    values are immutable, so pass None for them while training and keep your own.
+    """
+    if training and (running_mean is not None or running_var is not None):
+        raise TypeError("batch_norm: nothing is written in place; pass None for the running statistics")
+    row = (1, -1, *(1,) * (x.ndim - 2))
+
+    def beside(t: Any) -> Any:
+        return reshape(t, row) if isinstance(t, ShardedTensor) else t.reshape(row)
+
+    if training:
+        dims = tuple(d for d in range(x.ndim) if d != 1)
+        centred = x - settled(mean(x, dims, True))
+        spread = settled(mean(centred * centred, dims, True))
+    else:
+        centred, spread = x - beside(running_mean), beside(running_var)
+    y = centred * torch.rsqrt(spread + eps)
+    y = y if weight is None else y * beside(weight)
+    return y if bias is None else y + beside(bias)
 
 
 @export(F.normalize)
-def normalize(
-    x: ShardedTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12
-) -> ShardedTensor:
-    """x over its p-norm along a dim."""
-    norm = torch.linalg.vector_norm(x, p, dim, keepdim=True)  # type: ignore[call-overload]
-    return x / norm.clamp(eps)
+def normalize(x: ShardedTensor, p: float = 2.0, dim: Dims = 1, eps: float = 1e-12) -> ShardedTensor:
+    """x over its p-norm along a dim, which may be cut; the norm counts as `eps` where it is less.
+
+    Cost along a cut dim: an all_reduce of the norms, forward and backward.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([[3.0, 4.0]]), sw.make_mesh({"tensor": 2}), "b d/tensor")
+    >>> torch.nn.functional.normalize(x).full_tensor()
+    tensor([[0.6000, 0.8000]])
+    """
+    return x / clamp(vector_norm(x, p, dim, True), eps)
 
 
 @export(F.cosine_similarity, torch.cosine_similarity)
 def cosine_similarity(x: Any, y: Any, dim: int = 1, eps: float = 1e-8) -> ShardedTensor:
-    """The cosine of the angle between x and y along a dim."""
-    x_norm = torch.linalg.vector_norm(x, 2, dim, keepdim=True).clamp(eps)
-    y_norm = torch.linalg.vector_norm(y, 2, dim, keepdim=True).clamp(eps)
-    return ((x / x_norm) * (y / y_norm)).sum(dim)  # type: ignore[no-any-return]
+    """The cosine of the angle between x and y along a dim, which may be cut.
 
+    Cost along a cut dim: an all_reduce of each norm, forward and backward; the result is a sum still owed.
 
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([[3.0, 4.0]]), sw.make_mesh({"tensor": 2}), "b d/tensor")
+    >>> torch.nn.functional.cosine_similarity(x, x).full_tensor()
+    tensor([1.])
+    """
+    width = max(x.ndim, y.ndim)
+    at = normal_dims(dim, width)[0] - width
+    unit_x = x / clamp(vector_norm(x, 2, at, True), eps)
+    unit_y = y / clamp(vector_norm(y, 2, at, True), eps)
+    return sum(unit_x * unit_y, at)

@@ -1,210 +1,325 @@
-"""Ops along an ordered dim: cumsum, cumprod, sort, argsort, topk.
+"""Ops along an ordered dim: running sums and the like, sort, topk, kthvalue, median.
 
-    over a cut dim      what moves
-    cumsum              all_gather of the blocks' totals
-    sort, argsort       all_to_all to another dim that divides, and back; else all_gather
-    topk                all_gather of k candidates of each device
+    over a cut dim                    what moves
+    cumsum, cumprod, logcumsumexp     all_gather of one total per block
+    sort, argsort, msort              all_to_all to another dim that divides, and back; else all_gather
+    topk                              all_gather of each block's candidates
+    kthvalue, median                  a choice
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layouts.layout import Layout, with_state
-from ..layouts.reshard import reshard_one
-from ..layouts.sharded import ShardedTensor, make_type
+from ..layouts.convert import convert
+from ..layouts.layout import LayoutLike
+from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
-from .reduce import normal_dims
+from .index import gather
+from .meet import block_rule, blockwise, parts
+from .pointwise import to
+from .reduce import normal_dims, reduction
 from .rules import Rule, letters, sized
+from .shape import reshape
+
+Over = Mapping[str, str] | None
 
 
 class Sorted(NamedTuple):
-    """Values in order, and where they stood."""
+    """What `sort`, `topk`, `kthvalue` and `median` give: values, and where they stood."""
 
     values: ShardedTensor
     indices: ShardedTensor
 
 
-def _along(shapes: Any, dim: int, *static: Any, results: int = 1, linear: bool = False) -> Rule:
+def _along(shapes: Any, dim: int, *_: Any, results: int = 1, linear: bool = False) -> Rule:
     names = letters(len(shapes[0]))
     dims = tuple((n,) for n in names)
-    place = normal_dims(dim, len(names))
     return sized(
         Rule(
             (dims,),
             (dims,) * results,
-            blocked=frozenset(names[p] for p in place),
+            blocked=frozenset(names[dim : dim + 1]),
             linear=frozenset((0,)) if linear else frozenset(),
         ),
         shapes,
     )
 
 
-def _cumsum_protocol(operands: Any, static: tuple[Any, ...]) -> ShardedTensor:
-    """Each block's own cumsum, plus the totals of the blocks before it."""
-    (x,), (dim, dtype) = operands, static
-    x = x if dtype is None else x.to(dtype)
-    (place,) = normal_dims(dim, x.ndim)
-    axes = x.layout.dims[place]
-    n = x.mesh.group_size(axes)
-    kind = x._type
-    own = ShardedTensor(tuple(torch.cumsum(s, place) for s in x._shards), kind)
-    shape = (*x.shape[:place], n, *x.shape[place + 1 :])
-    totals = ShardedTensor(
-        tuple(s.sum(place, keepdim=True) for s in x._shards),
-        make_type(kind.mesh, kind.layout, shape, x.dtype, kind.grad),
-    )
-    whole: Layout = totals.layout
-    for axis in reversed(axes):
-        whole = with_state(whole, axis, "reduced" if kind.grad else "replicated")
-    every = reshard_one(totals, whole)
-    before = tuple(
-        s.narrow(place, 0, p).sum(place, keepdim=True)
-        for s, p in zip(every._shards, x.mesh.positions(axes), strict=True)
-    )
-    # a local add: the one entry along the dim is this block's own, not a broadcast
-    return ShardedTensor(tuple(a + b for a, b in zip(own._shards, before, strict=True)), own._type)
+def _one(dim: int, x: ShardedTensor) -> int:
+    (found,) = normal_dims(dim, x.ndim) or (0,)
+    return found
 
 
-_CUMSUM = Op(
-    "cumsum",
-    lambda shapes, dim, dtype: _along(shapes, dim, linear=True),
-    lambda info: lambda x: torch.cumsum(x, info.static[0], dtype=info.static[1]),
-    protocol=_cumsum_protocol,
-)
+# Running totals: the function, how a block is totalled, the total of nothing, how two are joined.
+
+
+@dataclass(frozen=True)
+class _Scan:
+    function: Callable[..., Tensor]
+    total: str
+    start: float
+    join: Callable[[Tensor, Tensor], Tensor]
+
+
+SCANS = {
+    "cumsum": _Scan(torch.cumsum, "sum", 0, torch.add),
+    "cumprod": _Scan(torch.cumprod, "prod", 1, torch.mul),
+    "logcumsumexp": _Scan(torch.logcumsumexp, "logsumexp", -math.inf, torch.logaddexp),
+}
+
+
+def _joined_rule(shapes: Any, dim: int, n: int, linear: bool) -> Rule:
+    """Each block of a dim "(p i)" with the one number of its own beside it."""
+    base = block_rule(shapes, (dim,), (n,))
+    return Rule(base.inputs, (base.inputs[0],), base.sizes, base.blocked, joint=linear)
+
+
+def _define_scan(name: str) -> Op:
+    scan = SCANS[name]
+    linear = name == "cumsum"
+
+    def before(info: Info) -> Local:
+        dim = info.static[0]
+
+        def exclusive(totals: Tensor) -> Tensor:
+            first = torch.full_like(totals.narrow(dim, 0, 1), scan.start)
+            ahead = torch.cat((first, totals.narrow(dim, 0, totals.shape[dim] - 1)), dim)
+            return scan.function(ahead, dim)
+
+        return exclusive
+
+    def each(info: Info) -> Local:
+        return lambda x: scan.function(x, info.static[0])
+
+    def each_rule(shapes: Any, dim: int, n: int) -> Rule:
+        base = block_rule(shapes, (dim,), (n,))
+        only = frozenset((0,)) if linear else frozenset()
+        return Rule(base.inputs, (base.inputs[0],), base.sizes, base.blocked, linear=only)
+
+    blocks = Op(name, each_rule, each)
+    exclusive = Op(name, lambda shapes, dim: _along(shapes, dim, linear=linear), before)
+    joined = Op(
+        name,
+        lambda shapes, dim, n: _joined_rule(shapes, dim, n, linear),
+        lambda info: scan.join,
+    )
+
+    def cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+        """Each block's own running totals, joined with the total of the blocks before it."""
+        (x,) = operands
+        dim, dtype = static
+        x = x if dtype is None else to(x, dtype)
+        axes = x.layout.dims[dim]
+        (n,) = parts(x, (dim,))
+        totals = convert(blockwise(x, (dim,), scan.total), axes, "replicated")
+        ahead = convert(exclusive((totals,), (dim,)), axes, dim)
+        return joined((blocks((x,), (dim, n)), ahead), (dim, n))  # type: ignore[no-any-return]
+
+    def whole(info: Info) -> Local:
+        dim, dtype = info.static
+        if dtype is None:
+            return lambda x: scan.function(x, dim)
+        return lambda x: scan.function(x, dim, dtype=dtype)
+
+    return Op(name, lambda shapes, *s: _along(shapes, *s, linear=linear), whole, protocol=cut)
+
+
+_SCANS = {name: _define_scan(name) for name in SCANS}
+
+
+def _scanned(
+    name: str, x: ShardedTensor, dim: int, dtype: Any, out: LayoutLike | None, over: Over
+) -> ShardedTensor:
+    if dtype is None and not x.dtype.is_floating_point and not x.dtype.is_complex:
+        dtype = torch.int64  # as torch does, across blocks too
+    return _SCANS[name]((x,), (_one(dim, x), dtype), out, over)  # type: ignore[no-any-return]
 
 
 @export(torch.cumsum, methods=["cumsum"])
-def cumsum(x: ShardedTensor, dim: int, *, dtype: torch.dtype | None = None) -> ShardedTensor:
-    """Running sums along a dim, which may be cut: only the blocks' totals move.
+def cumsum(
+    x: ShardedTensor,
+    dim: int,
+    *,
+    dtype: torch.dtype | None = None,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> ShardedTensor:
+    """Running sums along a dim, which may be cut; a sum that is owed stays owed.
+
+    Cost along a cut dim: an all_gather of one total per block, forward and backward.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.ones(4), sw.make_mesh({"data": 2}), "n/data")
     >>> x.cumsum(0).full_tensor()
     tensor([1., 2., 3., 4.])
     """
-    if not x.dtype.is_floating_point and dtype is None:
-        dtype = torch.int64  # as torch does, also across blocks
-    return _CUMSUM((x,), (dim, dtype))  # type: ignore[no-any-return]
-
-
-_CUMPROD = Op(
-    "cumprod", lambda shapes, dim: _along(shapes, dim), lambda info: lambda x: torch.cumprod(x, info.static[0])
-)
+    return _scanned("cumsum", x, dim, dtype, out, over)
 
 
 @export(torch.cumprod, methods=["cumprod"])
-def cumprod(x: ShardedTensor, dim: int) -> ShardedTensor:
-    """Running products along a dim, which must not be cut."""
-    return _CUMPROD((x,), (dim,))  # type: ignore[no-any-return]
+def cumprod(
+    x: ShardedTensor,
+    dim: int,
+    *,
+    dtype: torch.dtype | None = None,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> ShardedTensor:
+    """Running products along a dim, which may be cut. Cost as `cumsum`.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.full((4,), 2.0), sw.make_mesh({"data": 2}), "n/data")
+    >>> x.cumprod(0).full_tensor()
+    tensor([ 2.,  4.,  8., 16.])
+    """
+    return _scanned("cumprod", x, dim, dtype, out, over)
 
 
-def elsewhere(x: ShardedTensor, place: int) -> ShardedTensor:
-    """`x` with a dim whole: its axes moved to another dim where they divide it, else gathered."""
-    layout = x.layout
-    for axis in reversed(layout.dims[place]):
-        width = x.mesh.axes[axis]
-        for other, n in enumerate(x.shape):
-            over = x.mesh.group_size(layout.dims[other])
-            if other != place and n % (over * width) == 0:
-                layout = with_state(layout, axis, other)
-                break
-        else:
-            layout = with_state(layout, axis, "replicated")
-    return reshard_one(x, layout)
+@export(torch.logcumsumexp, methods=["logcumsumexp"])
+def logcumsumexp(
+    x: ShardedTensor, dim: int, *, out: LayoutLike | None = None, over: Over = None
+) -> ShardedTensor:
+    """Logarithm of the running sums of exp(x) along a dim, which may be cut. Cost as `cumsum`.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.zeros(4), sw.make_mesh({"data": 2}), "n/data")
+    >>> x.logcumsumexp(0).exp().full_tensor()
+    tensor([1., 2., 3., 4.])
+    """
+    return _scanned("logcumsumexp", x, dim, None, out, over)
+
+
+# Sorting: whole rows on each device.
 
 
 def _sort_local(info: Info) -> Local:
     dim, descending, stable = info.static
-
-    def ordered(x: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.sort(x, dim=dim, descending=descending, stable=stable)
-        return found.values, found.indices
-
-    return ordered
+    return lambda x: tuple(torch.sort(x, dim=dim, descending=descending, stable=stable))
 
 
-def _sort_protocol(operands: Any, static: tuple[Any, ...]) -> tuple[ShardedTensor, ShardedTensor]:
-    (x,), (dim, descending, stable) = operands, static
-    (place,) = normal_dims(dim, x.ndim)
-    values, indices = _SORT((elsewhere(x, place),), static)
-    return reshard_one(values, x.layout), reshard_one(indices, x.layout)
+def _whole(x: ShardedTensor, dim: int) -> ShardedTensor:
+    """With a dim whole: its axes on another dim that they divide, else gathered."""
+    axes = x.layout.dims[dim]
+    n = x.mesh.group_size(axes)
+    for other, size in enumerate(x.local_shape):
+        if other != dim and size % n == 0:
+            return convert(x, axes, other)
+    return convert(x, axes, "replicated")
 
 
-_SORT = Op(
-    "sort", lambda shapes, dim, *_: _along(shapes, dim, results=2), _sort_local, protocol=_sort_protocol
-)
+def _sort_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> tuple[ShardedTensor, ...]:
+    (x,) = operands
+    dim = static[0]
+    axes = x.layout.dims[dim]
+    return tuple(convert(y, axes, dim) for y in _SORT((_whole(x, dim),), static))
+
+
+def _pair_rule(shapes: Any, dim: int, *_: Any) -> Rule:
+    return _along(shapes, dim, results=2)
+
+
+_SORT = Op("sort", _pair_rule, _sort_local, protocol=_sort_cut)
 
 
 @export(torch.sort, methods=["sort"])
 def sort(
-    x: ShardedTensor, dim: int = -1, descending: bool = False, stable: bool = False
+    x: ShardedTensor,
+    dim: int = -1,
+    descending: bool = False,
+    stable: bool = False,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> Sorted:
-    """Values in order along a dim, which may be cut, and their indices.
+    """Values in order along a dim, which may be cut, and their global indices.
 
-    Cost over a cut dim: an all_to_all there and back if another dim takes the axis, else an all_gather.
+    Cost along a cut dim: an all_to_all of x to another dim that the axes divide, and of values and indices back;
+    if there is none, an all_gather. The gradient goes the same way.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([3.0, 1.0, 4.0, 2.0]), sw.make_mesh({"data": 2}), "n/data")
+    >>> values, indices = x.sort()
+    >>> values.full_tensor(), indices.full_tensor()
+    (tensor([1., 2., 3., 4.]), tensor([1, 3, 0, 2]))
     """
-    return Sorted(*_SORT((x,), (dim, descending, stable)))
+    return Sorted(*_SORT((x,), (_one(dim, x), descending, stable), out, over))
 
 
 @export(torch.argsort, methods=["argsort"])
 def argsort(
-    x: ShardedTensor, dim: int = -1, descending: bool = False, stable: bool = False
+    x: ShardedTensor,
+    dim: int = -1,
+    descending: bool = False,
+    stable: bool = False,
+    *,
+    over: Over = None,
 ) -> ShardedTensor:
-    """The indices that sort along a dim; see `sort`."""
-    return sort(x, dim, descending, stable).indices
+    """The global indices that sort along a dim; as `sort`."""
+    return sort(x.detach(), dim, descending, stable, over=over).indices
 
 
-def _topk_rule(shapes: Any, k: int, dim: int, *_: Any) -> Rule:
-    names = letters(len(shapes[0]))
-    (place,) = normal_dims(dim, len(names))
-    if not 0 <= k <= shapes[0][place]:
-        raise ValueError(f"k = {k} is more than the {shapes[0][place]} entries of dim {place}")
-    dims = tuple((n,) for n in names)
-    top = (*dims[:place], ("k",), *dims[place + 1 :])
-    base = sized(Rule((dims,), (top, top), {"k": k}, blocked=frozenset({names[place]})), shapes)
-    return base
+@export(torch.msort, methods=["msort"])
+def msort(x: ShardedTensor, *, out: LayoutLike | None = None) -> ShardedTensor:
+    """Values in order along dim 0; as `sort`."""
+    return sort(x, 0, out=out).values
 
 
-def _topk_local(info: Info) -> Local:
+# Top k: the best of each block's best.
+
+
+def _top_rule(shapes: Any, k: int, dim: int, *_: Any) -> Rule:
+    base = _along(shapes, dim)
+    top = (*base.inputs[0][:dim], ("k",), *base.inputs[0][dim + 1 :])
+    return Rule(base.inputs, (top,) * 2, {**base.sizes, "k": k}, base.blocked | {"k"})
+
+
+def _top_local(info: Info) -> Local:
     k, dim, largest, in_order = info.static
-
-    def top(x: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.topk(x, k, dim, largest, in_order)
-        return found.values, found.indices
-
-    return top
+    return lambda x: tuple(torch.topk(x, k, dim, largest, in_order))
 
 
-def _topk_protocol(operands: Any, static: tuple[Any, ...]) -> tuple[ShardedTensor, ShardedTensor]:
-    """k candidates of each block, gathered, and k of them."""
-    (x,), (k, dim, largest, in_order) = operands, static
-    (place,) = normal_dims(dim, x.ndim)
-    axes = x.layout.dims[place]
-    width = x.local_shape[place]
-    own = min(k, width)
-    found = [torch.topk(s, own, place, largest, True) for s in x._shards]
-    shape = (*x.shape[:place], own * x.mesh.group_size(axes), *x.shape[place + 1 :])
-    kind = x._type
-    values = ShardedTensor(
-        tuple(f.values for f in found), make_type(kind.mesh, kind.layout, shape, x.dtype, kind.grad)
-    )
-    indices = ShardedTensor(
-        tuple(f.indices + p * width for f, p in zip(found, x.mesh.positions(axes), strict=True)),
-        make_type(kind.mesh, kind.layout, shape, torch.int64, False),
-    )
-    whole = kind.layout
-    for axis in reversed(axes):
-        whole = with_state(whole, axis, "replicated")
-    values, indices = reshard_one(values, whole), reshard_one(indices, whole)
-    best, at = _TOPK((values,), (k, dim, largest, in_order))
-    return best, torch.gather(indices, place, at)  # type: ignore[arg-type, return-value]
+def _candidates_rule(shapes: Any, k: int, dim: int, largest: bool, n: int) -> Rule:
+    base = block_rule(shapes, (dim,), (n,))
+    top = (*base.inputs[0][:dim], (f"p{dim}", "k"), *base.inputs[0][dim + 1 :])
+    return Rule(base.inputs, (top,) * 2, {**base.sizes, "k": k}, base.blocked | {"k"})
 
 
-_TOPK = Op("topk", _topk_rule, _topk_local, protocol=_topk_protocol)
+def _candidates_local(info: Info) -> Local:
+    k, dim, largest, n = info.static
+    size = info.rule.sizes[f"i{dim}"]
+
+    def best(offset: int) -> Callable[..., Any]:
+        def local(x: Tensor) -> tuple[Tensor, Tensor]:
+            values, indices = torch.topk(x, k, dim, largest)
+            return values, indices + offset
+
+        return local
+
+    return [best(p * size) for p in info.mesh.positions(info.axes(f"p{dim}"))]
+
+
+_CANDIDATES = Op("topk", _candidates_rule, _candidates_local)
+
+
+def _top_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> tuple[ShardedTensor, ...]:
+    (x,) = operands
+    k, dim, largest, _ = static
+    axes = x.layout.dims[dim]
+    (n,) = parts(x, (dim,))
+    found = _CANDIDATES((x,), (min(k, x.shape[dim] // n), dim, largest, n))
+    values, indices = (convert(y, axes, "replicated") for y in found)
+    best, places = _TOP((values,), static)
+    return best, gather(indices, dim, places)
+
+
+_TOP = Op("topk", _top_rule, _top_local, protocol=_top_cut)
 
 
 @export(torch.topk, methods=["topk"])
@@ -213,10 +328,88 @@ def topk(
     k: int,
     dim: int = -1,
     largest: bool = True,
-    sorted: bool = True,  # noqa: A002
+    sorted: bool = True,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> Sorted:
-    """The k largest (or smallest) values along a dim, which may be cut, and their indices.
+    """The k largest (or smallest) values along a dim, which may be cut, and their global indices.
 
-    Cost over a cut dim: an all_gather of k values and k indices of each device.
+    Args:
+        x: any layout.
+        k: how many; not more than the dim has.
+        dim: along which.
+        largest: False for the smallest.
+        sorted: in order.
+        out: layout of the values.
+        over: mesh axis to factor, where the types leave a choice.
+
+    Returns:
+        (values, indices); whole along `dim`. Of equal values, torch leaves open which are found.
+
+    Cost along a cut dim: an all_gather of k values and k indices of each device; backward none.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([3.0, 1.0, 4.0, 2.0]), sw.make_mesh({"data": 2}), "n/data")
+    >>> values, indices = x.topk(2)
+    >>> values.full_tensor(), indices.full_tensor()
+    (tensor([4., 3.]), tensor([2, 0]))
     """
-    return Sorted(*_TOPK((x,), (k, dim, largest, sorted)))
+    at = _one(dim, x)
+    if not 0 <= k <= (x.shape[at] if x.ndim else 1):
+        raise ValueError(f"topk: k is {k}, but dim {at} of {x} is shorter")
+    return Sorted(*_TOP((x,), (k, at, largest, sorted), out, over))
+
+
+def _picked_rule(shapes: Any, dim: int, keepdim: bool, *_: Any) -> Rule:
+    dims = (dim,) if shapes[0] else ()
+    return sized(reduction(dims, keepdim, len(shapes[0]), blocked=True, results=2), shapes)
+
+
+def _kth_local(info: Info) -> Local:
+    dim, keepdim, k = info.static
+    return lambda x: tuple(torch.kthvalue(x, k, dim, keepdim))
+
+
+def _median_local(info: Info) -> Local:
+    dim, keepdim = info.static
+    return lambda x: tuple(torch.median(x, dim, keepdim))
+
+
+_KTH = Op("kthvalue", _picked_rule, _kth_local)
+_MEDIAN = Op("median", _picked_rule, _median_local)
+
+
+@export(torch.kthvalue, methods=["kthvalue"])
+def kthvalue(
+    x: ShardedTensor,
+    k: int,
+    dim: int = -1,
+    keepdim: bool = False,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> Sorted:
+    """The k-th smallest value along a dim, and its index. A cut dim is a choice."""
+    return Sorted(*_KTH((x,), (_one(dim, x), keepdim, k), out, over))
+
+
+@export(torch.median, methods=["median"])
+def median(
+    x: ShardedTensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    out: LayoutLike | None = None,
+    over: Over = None,
+) -> Any:
+    """The median along a dim, (values, indices), or of all entries. A cut dim is a choice.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([[3.0, 1.0, 2.0]]), sw.make_mesh({"data": 1}), "b/data d")
+    >>> x.median(1).values.full_tensor()
+    tensor([2.])
+    """
+    if dim is None:
+        return _MEDIAN((reshape(x, (-1,)),), (0, False), out, over)[0]
+    return Sorted(*_MEDIAN((x,), (_one(dim, x), keepdim), out, over))

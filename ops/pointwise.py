@@ -55,8 +55,11 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 
 def _rule(linear: tuple[int, ...] = (), joint: bool = False) -> Callable[..., Rule]:
-    def rule(shapes: Any, *_: Any) -> Rule:
-        return make(pointwise([len(s) for s in shapes]), shapes, linear=linear, joint=joint)
+    def rule(shapes: Any, *keywords: Any) -> Rule:
+        rounds = any(key == "rounding_mode" and mode for key, mode in keywords)
+        return make(
+            pointwise([len(s) for s in shapes]), shapes, linear=() if rounds else linear, joint=joint
+        )
 
     return rule
 

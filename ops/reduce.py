@@ -1,8 +1,7 @@
-"""Reductions over dims: sums stay local and leave a sum owed; max and min exchange one small all_reduce.
+"""Sums and what else folds a dim into one entry: sum, mean, count_nonzero, prod, any, all.
 
-`sum` and `mean` (whose count is the GLOBAL one) are linear. `var`, `std`, `norm` and `logsumexp` are written in sums
-and maxima, so a cut dim costs statistics only. `max` of a cut dim shares its gradient between ties over the whole
-mesh, as torch does on one device for the reduction without dim.
+`sum` and `mean`, whose count is the GLOBAL one, are linear: over a cut dim they stay local and leave a sum owed. The others
+exchange one entry per device and result at once. See `extreme` for max and min, `moments` for var and norm.
 """
 
 from __future__ import annotations
@@ -12,20 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..layouts.convert import convert
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
+from .meet import blockwise, dropped, extremum
+from .pointwise import ne, to
 from .rules import Rule, letters, sized
 
 Dims = int | Sequence[int] | None
+Over = Mapping[str, str] | None
 
 
 def normal_dims(dim: Dims, ndim: int) -> tuple[int, ...]:
-    """Dims as sorted non-negative numbers; None is all."""
-    if dim is None:
+    """Dims as sorted non-negative numbers; None and none are all."""
+    if dim is None or dim == () or dim == []:
         return tuple(range(ndim))
     given = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in given:
@@ -62,17 +63,17 @@ def reduction(
     )
 
 
-def _sum_rule(shapes: Any, dims: tuple[int, ...], keepdim: bool, *_: Any) -> Rule:
-    return sized(reduction(dims, keepdim, len(shapes[0]), linear=True), shapes)
+def _sum_rule(
+    shapes: Any, dims: tuple[int, ...], keepdim: bool, dtype: torch.dtype | None = None
+) -> Rule:
+    # parts that are rounded to integers do not add up to the rounded sum
+    rounds = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+    return sized(reduction(dims, keepdim, len(shapes[0]), linear=not rounds), shapes)
 
 
 def _sum_local(info: Info) -> Local:
-    dims, keepdim, scale, dtype = info.static
-    if not dims:
-        return lambda x: x.to(dtype or x.dtype) * scale if scale != 1 else x.to(dtype) if dtype else x.clone()
-    if scale == 1:
-        return lambda x: torch.sum(x, dims, keepdim=keepdim, dtype=dtype)
-    return lambda x: torch.sum(x, dims, keepdim=keepdim, dtype=dtype) * scale
+    dims, keepdim, dtype = info.static
+    return lambda x: torch.sum(x, dims, keepdim=keepdim, dtype=dtype)
 
 
 _SUM = Op("sum", _sum_rule, _sum_local)
@@ -86,7 +87,7 @@ def sum(  # noqa: A001
     *,
     dtype: torch.dtype | None = None,
     out: LayoutLike | None = None,
-    over: Mapping[str, str] | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """The sum over dims (all, if None); unreduced over the axes that cut them. Nothing moves.
 
@@ -97,10 +98,20 @@ def sum(  # noqa: A001
     >>> x.sum(0)
     f32[6]{U:data} local[6] on mesh(data=2)
     """
-    return _SUM((x,), (normal_dims(dim, x.ndim), keepdim, 1, dtype), out, over)  # type: ignore[no-any-return]
+    return _SUM((x,), (normal_dims(dim, x.ndim), keepdim, dtype), out, over)  # type: ignore[no-any-return]
 
 
-_MEAN = Op("mean", _sum_rule, _sum_local)
+def _mean_local(info: Info) -> Local:
+    """The mean of the block times its share of the whole: no sum is larger than it must be."""
+    dims, keepdim, dtype = info.static
+    factors = [info.rule.inputs[0][d][0] for d in dims]
+    share = 1 / math.prod(info.mesh.group_size(info.axes(f)) for f in factors)
+    if share == 1:
+        return lambda x: torch.mean(x, dims, keepdim=keepdim, dtype=dtype)
+    return lambda x: torch.mean(x, dims, keepdim=keepdim, dtype=dtype) * share
+
+
+_MEAN = Op("mean", _sum_rule, _mean_local)
 
 
 @export(torch.mean, methods=["mean"])
@@ -111,7 +122,7 @@ def mean(
     *,
     dtype: torch.dtype | None = None,
     out: LayoutLike | None = None,
-    over: Mapping[str, str] | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
     """The mean over dims: the sum divided by the GLOBAL count, so also unreduced.
 
@@ -121,120 +132,111 @@ def mean(
     (f32[]{U:data} local[] on mesh(data=2), tensor(1.5000))
     """
     dims = normal_dims(dim, x.ndim)
-    count = math.prod(x.shape[d] for d in dims)
     if not (dtype or x.dtype).is_floating_point and not (dtype or x.dtype).is_complex:
         raise TypeError(f"mean of {x.dtype}: cast to a floating type first")
-    return _MEAN((x,), (dims, keepdim, 1 / count if count else math.nan, dtype), out, over)  # type: ignore[no-any-return]
-
-
-def _spread(x: ShardedTensor, dim: Dims, correction: float, keepdim: bool) -> ShardedTensor:
-    """Mean of squared distances from the mean; the mean of a cut dim is reduced first."""
-    dims = normal_dims(dim, x.ndim)
-    count = math.prod(x.shape[d] for d in dims)
-    if not dims:
-        return x * math.nan if correction else x * 0
-    middle = mean(x, dims, True)
-    owed = tuple(a for a in x.mesh.axes if a in middle.layout.unreduced)
-    centred = x - (convert(middle, owed, "replicated") if owed else middle)
-    squares = sum(centred * centred, dims, keepdim)
-    return squares * (1 / (count - correction) if count > correction else math.nan)
-
-
-def _correction(correction: Any, unbiased: Any) -> float:
-    return float(unbiased if unbiased is not None else 1.0 if correction is None else correction)
-
-
-@export(torch.var, methods=["var"])
-def var(
-    x: ShardedTensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> ShardedTensor:
-    """The variance over dims (all, if None), of values centred first; the count is the GLOBAL one.
-
-    Cost over a cut dim: one all_reduce of the mean; the result is unreduced.
-    """
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    return _spread(x, dim, _correction(correction, unbiased), keepdim)
-
-
-@export(torch.std, methods=["std"])
-def std(
-    x: ShardedTensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> ShardedTensor:
-    """The root of the variance; see `var`."""
-    return torch.sqrt(var(x, dim, unbiased, keepdim, correction=correction))  # type: ignore[call-overload, no-any-return]
-
-
-@export(torch.var_mean)
-def var_mean(
-    x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, correction: float | None = None
-) -> tuple[ShardedTensor, ShardedTensor]:
-    """Variance and mean."""
-    return var(x, dim, None, keepdim, correction=correction), mean(x, dim, keepdim)
-
-
-@export(torch.std_mean)
-def std_mean(
-    x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, correction: float | None = None
-) -> tuple[ShardedTensor, ShardedTensor]:
-    """Standard deviation and mean."""
-    return std(x, dim, None, keepdim, correction=correction), mean(x, dim, keepdim)
+    return _MEAN((x,), (dims, keepdim, dtype), out, over)  # type: ignore[no-any-return]
 
 
 @export(torch.count_nonzero, methods=["count_nonzero"])
-def count_nonzero(x: ShardedTensor, dim: Dims = None) -> ShardedTensor:
-    """How many elements are not zero."""
-    return sum((x != 0).to(torch.int64), dim)
-
-
-@export(torch.linalg.vector_norm)
-def vector_norm(
-    x: ShardedTensor,
-    ord: Any = 2,  # noqa: A002
-    dim: Dims = None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
+def count_nonzero(
+    x: ShardedTensor, dim: Dims = None, *, out: LayoutLike | None = None
 ) -> ShardedTensor:
-    """The p-norm over dims (all, if None), p = 0, any positive number, or infinity either way.
+    """How many entries are not zero along dims (all, if None): int64.
 
-    An unreduced operand is reduced first: a norm of parts means nothing.
+    Cost: over a cut dim an all_reduce of the result.
+
+    >>> import torch, shardwise as sw
+    >>> sw.shard(torch.tensor([0, 3, 4, 0]), sw.make_mesh({"data": 2}), "n/data").count_nonzero().item()
+    2
     """
-    x = x if dtype is None else x.to(dtype)
-    size = torch.abs(x)  # type: ignore[call-overload]
-    if ord == 0:
-        return sum((x != 0).to(x.dtype), dim, keepdim)
-    if ord in (math.inf, -math.inf):
-        extreme = torch.amax if ord > 0 else torch.amin
-        return extreme(size, normal_dims(dim, x.ndim), keepdim)  # type: ignore[arg-type, return-value]
-    if ord == 1:
-        return sum(size, dim, keepdim)
-    if ord == 2:
-        squares = sum(x * x, dim, keepdim)
-        top = torch.where(squares > 0, squares, 1.0)  # type: ignore[call-overload]
-        # the root has no slope at 0; torch calls it 0
-        return torch.where(squares > 0, torch.sqrt(top), 0.0)  # type: ignore[call-overload, no-any-return]
-    return sum(size**ord, dim, keepdim) ** (1 / ord)
+    return sum(to(ne(x, 0), torch.int64), dim, out=out)
 
 
-@export(torch.norm, methods=["norm"])
-def norm(
+def _fold_rule(shapes: Any, dims: tuple[int, ...], keepdim: bool, op: str, *_: Any) -> Rule:
+    return sized(reduction(dims, keepdim, len(shapes[0]), reduced=op), shapes)
+
+
+_LOGIC: dict[str, Any] = {"any": (torch.any, "max"), "all": (torch.all, "min")}
+
+
+def _logic_local(info: Info) -> Local:
+    dims, keepdim, name = info.static
+    function = _LOGIC[name][0]
+    return (lambda x: function(x, dims, keepdim=keepdim)) if dims else (lambda x: x != 0)
+
+
+def _logic_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    (x,) = operands
+    dims, keepdim, name = static
+    truth = to(ne(x, 0), torch.uint8)  # a bool is no number to a collective
+    return dropped(to(extremum(truth, dims, _LOGIC[name][1]), torch.bool), dims, keepdim)
+
+
+_LOGICAL = {
+    name: Op(name, _fold_rule, _logic_local, protocol=_logic_cut, differentiable=False) for name in _LOGIC
+}
+
+
+@export(torch.any, methods=["any"])
+def any(  # noqa: A001
+    x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, out: LayoutLike | None = None
+) -> ShardedTensor:
+    """Whether some entry is not zero. Over a cut dim: an all_reduce(max) of bytes.
+
+    >>> import torch, shardwise as sw
+    >>> sw.shard(torch.tensor([0, 1]), sw.make_mesh({"data": 2}), "n/data").any().item()
+    True
+    """
+    return _LOGICAL["any"]((x,), (normal_dims(dim, x.ndim), keepdim, "any"), out)  # type: ignore[no-any-return]
+
+
+@export(torch.all, methods=["all"])
+def all(  # noqa: A001
+    x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, out: LayoutLike | None = None
+) -> ShardedTensor:
+    """Whether no entry is zero; as `any`."""
+    return _LOGICAL["all"]((x,), (normal_dims(dim, x.ndim), keepdim, "all"), out)  # type: ignore[no-any-return]
+
+
+def _prod_local(info: Info) -> Local:
+    dims, keepdim, _, dtype = info.static
+    return lambda x: torch.prod(x, dims[0], keepdim=keepdim, dtype=dtype)
+
+
+def _prod_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
+    """The products of the blocks are gathered: one number per device and result."""
+    (x,) = operands
+    dims, keepdim, _, dtype = static
+    each = blockwise(x if dtype is None else to(x, dtype), dims, "prod")
+    whole = convert(each, each.layout.dims[dims[0]], "replicated")
+    return _PROD((whole,), (dims, keepdim, "prod", dtype))  # type: ignore[no-any-return]
+
+
+_PROD = Op("prod", _fold_rule, _prod_local, protocol=_prod_cut)
+
+
+@export(torch.prod, methods=["prod"])
+def prod(
     x: ShardedTensor,
-    p: Any = 2,
-    dim: Dims = None,
+    dim: int | None = None,
     keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
+    out: LayoutLike | None = None,
+    over: Over = None,
 ) -> ShardedTensor:
-    """`torch.norm`: the p-norm; "fro" is 2."""
-    return vector_norm(x, 2 if p in ("fro", None) else p, dim, keepdim, dtype=dtype)
+    """The product along a dim, or of all entries.
+
+    Cost: along a cut dim an all_gather of one product per device and result. Gradient: nothing moves.
+
+    >>> import torch, shardwise as sw
+    >>> sw.shard(torch.tensor([2.0, 3.0]), sw.make_mesh({"data": 2}), "n/data").prod().item()
+    6.0
+    """
+    if x.ndim == 0:
+        return x if dtype is None else to(x, dtype)
+    if dim is not None:
+        return _PROD((x,), (normal_dims(dim, x.ndim), keepdim, "prod", dtype), out, over)  # type: ignore[no-any-return]
+    for d in reversed(range(x.ndim)):
+        x = prod(x, d, keepdim, dtype=dtype, out=out if d == 0 else None)
+    return x

@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests: golden texts, compared verbatim and rewritten with --update-golden."""
+"""Options and fixtures of all tests: golden texts are compared verbatim."""
 
 from __future__ import annotations
 

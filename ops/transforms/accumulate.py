@@ -97,8 +97,8 @@ def rows(batch: Any, part: int, num: int) -> Any:
         count = x.local_shape[0] if isinstance(x, ShardedTensor) else x.shape[0]
         if count % num:
             raise LayoutError(
-                f"accumulate: {path or 'batch'} has {count} rows per device, which {num} micro-batches do not "
-                f"divide: {x if isinstance(x, ShardedTensor) else tuple(x.shape)}",
+                f"accumulate: {path or 'batch'} has {count} rows per device, which {num} "
+                f"micro-batches do not divide: {x if isinstance(x, ShardedTensor) else x.shape}",
                 kind="indivisible",
                 op="accumulate",
             )

@@ -25,7 +25,7 @@ from ...meshlib import record
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its value, the layout in which the function meets it, and its gradient's layout."""
+    """One parameter: its value, its layout inside the function, and its gradient's."""
 
     value: ShardedTensor
     inside: Layout
@@ -34,7 +34,7 @@ class Entry:
     path: str
 
     def leaf(self) -> list[Tensor]:
-        """What is differentiated in the parameter's place: one number, seen in the gradient's local shape."""
+        """What is differentiated in its place: one number, seen in the gradient's local shape."""
         shape = self.asked.local_shape(self.value.shape, self.value.mesh)
         return [s.new_zeros((), dtype=self.dtype).expand(shape) for s in self.value._shards]
 
@@ -108,7 +108,7 @@ def _tail(layout: Layout) -> Layout:
 
 
 class _Enter(torch.autograd.Function):
-    """Wholes that are known already, in the leaves' place; backward converts as a gather's dual does."""
+    """Known wholes in the leaves' place; backward converts as the dual of a gather does."""
 
     @staticmethod
     def forward(
@@ -119,9 +119,8 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        shards: Sequence[Tensor] = [
-            g.to(ctx.dtype) for g in grads
-        ]  # sums are taken in the dtype asked for
+        # Cast first: sums are taken in the dtype asked for.
+        shards: Sequence[Tensor] = [g.to(ctx.dtype) for g in grads]
         for step in ctx.steps:
             shards = convert_shards(step, shards, ctx.by, True)
         return None, None, None, None, *shards

@@ -62,7 +62,8 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         return tuple(s for v in box[0] if is_differentiable(v) for s in flat(v))
 
     _load_decompositions()
-    values, derivatives = torch.func.jvp(traced, tuple(inputs.shards), tuple(directions))
+    pair: Any = torch.func.jvp(traced, tuple(inputs.shards), tuple(directions))
+    values, derivatives = pair
     leaves, spec = outside(box[0]), box[1]
     return spec.unflatten(_typed(leaves, values, keep)), spec.unflatten(
         _typed([v if is_differentiable(v) else None for v in leaves], derivatives, keep)
@@ -71,7 +72,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
 
 @lru_cache(maxsize=1)
 def _load_decompositions() -> None:
-    """What torch imports on the first forward-mode call; its deprecation warning is not the user's."""
+    """What torch imports on the first forward-mode call; its warning is not the user's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
@@ -93,7 +94,8 @@ def _matched(inputs: Inputs, tangents: Any) -> list[Tensor]:
         name = inputs.paths[i]
         if type(tangent) is not type(primal):
             raise TypeError(
-                f"jvp: the tangent of {name} must be a {type(primal).__name__}, got {type(tangent).__name__}"
+                f"jvp: the tangent of {name} must be a {type(primal).__name__}, "
+                f"got {type(tangent).__name__}"
             )
         if isinstance(primal, ShardedTensor):
             want = make_type(primal.mesh, primal.layout, primal.shape, primal.dtype)

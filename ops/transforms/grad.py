@@ -60,7 +60,7 @@ def seeds(loss: ShardedTensor | Tensor) -> list[Tensor]:
 
 
 def backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, keep: bool, retain: bool = False) -> list[Tensor]:  # fmt: skip  # noqa: E501
-    """autograd.grad on one thread, so that collectives run in one order everywhere; zeros where unused."""
+    """autograd.grad on one thread: collectives run in one order everywhere; zeros where unused."""
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not live or not inputs:
         return [torch.zeros_like(i) for i in inputs]
@@ -87,7 +87,8 @@ def check_loss(loss: Any, name: str) -> None:
     if loss.numel() != 1 or loss.ndim != 0:
         raise LayoutError(
             word(
-                f"the loss must be a scalar, got shape {tuple(loss.shape)}\nreduce it: loss.mean() or loss.sum()",
+                f"the loss must be a scalar, got shape {tuple(loss.shape)}"
+                "\nreduce it: loss.mean() or loss.sum()",
                 op=name,
                 source=user_line(),
                 operands=[
@@ -216,7 +217,8 @@ def _pulled(call: Called, inputs: Inputs, keep: bool) -> tuple[Any, Any, list[Te
         return flat(box[0])
 
     with without_hooks():
-        _, pull = torch.func.vjp(traced, *inputs.shards)
+        made: Any = torch.func.vjp(traced, *inputs.shards)
+    pull = made[1]
     loss, aux = outside(box[0]), outside(box[1])
     return loss, aux, list(pull(tuple(seeds(loss))))
 
@@ -224,7 +226,8 @@ def _pulled(call: Called, inputs: Inputs, keep: bool) -> tuple[Any, Any, list[Te
 def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
-            f"value_and_grad: with has_aux the function returns (loss, aux), got {type(result).__name__}"
+            "value_and_grad: with has_aux the function returns (loss, aux), "
+            f"got {type(result).__name__}"
         )
     return result
 
@@ -261,7 +264,8 @@ def asked_layouts(params: Any, grads: Grads) -> list[Layout | None]:
     if isinstance(grads, str | Layout):
         wanted: list[Any] = [grads] * len(values)
     else:
-        wanted = optree.tree_leaves(grads, none_is_leaf=True)
+        tree: Any = grads
+        wanted = optree.tree_leaves(tree, none_is_leaf=True)
         if len(wanted) != len(values):
             raise ValueError(f"grads= has {len(wanted)} leaves, the arguments have {len(values)}")
     return [
@@ -273,7 +277,7 @@ def asked_layouts(params: Any, grads: Grads) -> list[Layout | None]:
 
 
 def _inside(value: Any, to: Layout | None) -> Layout | None:
-    """The layout in which a parameter enters: reduced where its gradient's sum is left or scattered."""
+    """How a parameter enters: reduced where the sum of its gradient is left or scattered."""
     if to is None or not isinstance(value, ShardedTensor):
         return None
     layout = value.layout
@@ -339,8 +343,9 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
             return tuple(s for v in floats(box[0][0] if has_aux else box[0]) for s in flat(v))
 
         with without_hooks():
-            _, pull_flat = torch.func.vjp(traced, *inputs.shards)
-        made = outside(box[0])
+            pulled: Any = torch.func.vjp(traced, *inputs.shards)
+        pull_flat = pulled[1]
+        made: Any = outside(box[0])
         result, aux = made if has_aux else (made, None)
 
         def pull_raw(cotangents: list[Tensor]) -> Sequence[Tensor]:
@@ -363,9 +368,8 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
             if isinstance(v, ShardedTensor) and (
                 c.layout is not v.layout.dual or c.shape != v.shape
             ):
-                raise LayoutError(
-                    f"vjp: the cotangent of {v} must be {make_type(v.mesh, v.layout.dual, v.shape, v.dtype)}, got {c}"
-                )
+                want = make_type(v.mesh, v.layout.dual, v.shape, v.dtype)
+                raise LayoutError(f"vjp: the cotangent of {v} must be {want}, got {c}")
         raw = pull_raw([s for c in given for s in flat(c)])
         return inputs.spec.unflatten(inputs.gradients(raw, keep))
 

@@ -25,6 +25,7 @@ from ...meshlib.errors import LayoutError
 from .entry import Entry, entry
 
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
+functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 under_functorch = torch._C._are_functorch_transforms_active
 
 
@@ -55,8 +56,8 @@ def mapped_over(axes: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def without_hooks() -> Iterator[None]:
-    """Inside, no saved-tensor hooks: torch.func.vjp refuses them. What is saved inside is kept as it is."""
-    auto = torch._C._autograd
+    """Inside, no saved-tensor hooks, which torch.func.vjp refuses: what is saved stays as it is."""
+    auto: Any = torch._C._autograd  # type: ignore[attr-defined]
     held = []
     while (top := auto._top_saved_tensors_default_hooks(False)) is not None:
         held.append(top)
@@ -80,7 +81,7 @@ def vary(x: ShardedTensor, axes: Sequence[str]) -> ShardedTensor:
 
 
 def entering(tree: Any) -> Any:
-    """Arguments as a gradient transform takes them: inside vmap, its floats vary over the mapped axes."""
+    """Arguments as a gradient transform takes them: inside vmap, floats vary over its axes."""
     axes = sorted(MAPPED.get())
     if not axes:
         return tree
@@ -113,9 +114,8 @@ class Inputs:
         self.live = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         self.layouts = layouts or [None] * len(self.values)
         self.entries: list[Entry | None] = [None] * len(self.values)
-        if (
-            self.keep or under_functorch()
-        ):  # an outer transform sees the cast into the layout inside
+        # An outer transform must see the cast into the layout inside.
+        if self.keep or under_functorch():
             for i, layout in enumerate(self.layouts):
                 self.values[i] = (
                     self.values[i] if layout is None else reshard_one(self.values[i], layout)
@@ -207,7 +207,7 @@ def floats(tree: Any) -> list[Any]:
 
 def outside(tree: Any) -> Any:
     """Values from inside a functorch level that has closed, one level up."""
-    bare = torch._C._functorch.unwrap_if_dead
+    bare = functorch.unwrap_if_dead
 
     def one(x: Any) -> Any:
         if isinstance(x, ShardedTensor):

@@ -30,17 +30,25 @@ from .leaves import under_functorch
 
 Recompute = Literal["none", "cheap", "all"]
 # Overloads that cost arithmetic: what "cheap" keeps.
-DEAR = """
-mm bmm addmm baddbmm convolution _scaled_mm _scaled_dot_product_flash_attention
-_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable
-""".split()
+DEAR = (
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "_scaled_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
 
 
 def remat(
     f: Callable[..., Any], *, recompute: Recompute = "all", offload: bool = False
 ) -> Callable[..., Any]:
-    """`f`, run again in backward instead of keeping its activations. Values and gradients are the same bits.
+    """`f`, run again in backward instead of keeping its activations; results are the same bits.
 
     Args:
         f: any function; it must give the same when it runs again (random numbers come from keys).
@@ -78,7 +86,7 @@ def remat(
                 with saving.suspended(), again:
                     return f(*args, **kwargs)
 
-            contexts = {"context_fn": _cheap} if recompute == "cheap" else {}
+            contexts: Any = {"context_fn": _cheap} if recompute == "cheap" else {}
             return checkpoint(body, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     return repeated
@@ -101,7 +109,7 @@ _cheap = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def _to_host(args: Any) -> AbstractContextManager[None]:
-    """Hooks that keep what is saved in host memory; a gather that asked for it is still kept as its shard."""
+    """Hooks that keep what is saved on the host; a gather that asked for it stays its shard."""
     shards = next(
         (len(x._shards) for x in optree.tree_leaves(args) if isinstance(x, ShardedTensor)), 1
     )

@@ -108,10 +108,11 @@ def _unbound(x: Any, path: str, length: int) -> Sequence[Any]:
         return [x] * length
     axes = [a for a in x.layout.dims[0] if x.mesh.axes[a] > 1]
     if axes:
+        whole = str(x.layout).replace("/".join(("_", *x.layout.dims[0])), "_", 1)
         raise LayoutError(
             word(
                 f"the scanned dim 0 is cut by axis {axes[0]!r}, so no device has all layers"
-                f"\ngather it: sw.reshard(x, {str(x.layout).replace('/'.join(('_', *x.layout.dims[0])), '_', 1)!r})"
+                f"\ngather it: sw.reshard(x, {whole!r})"
                 ", or run layers on their devices: sw.pipeline",
                 op="scan",
                 source=user_line(),

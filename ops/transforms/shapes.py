@@ -1,4 +1,4 @@
-"""Types without memory: `eval_shape`, and `check_stable`, which holds a step to its state's types."""
+"""Types without memory: `eval_shape`, and `check_stable`, which holds a step to its state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def check_stable(f: Callable[..., Any], *args: Any) -> None:
-    """Raise unless the state that `f` returns has the layouts, shapes and dtypes of the state it was given.
+    """Raise unless `f` returns its state in the layouts, shapes and dtypes it was given.
 
     Args:
         f: a step. It returns a new state of the structure of its first argument; or a tuple whose

@@ -23,7 +23,7 @@ from ...layouts.sharded import ShardedTensor, make_type
 from ...meshlib.errors import LayoutError, word
 from ...meshlib.source import user_line
 from ...meshlib.transport import Axes
-from .leaves import flat, is_nested, mapped_over, outside, vary
+from .leaves import flat, functorch, is_nested, mapped_over, outside, vary
 
 InDims = Any  # an int or None, or a tree prefix of them
 
@@ -61,12 +61,14 @@ def vmap(
     >>> x, w = sw.shard(torch.ones(4, 3), mesh, "b/data d"), sw.shard(torch.ones(3), mesh)
     >>> sw.vmap(lambda x: (x * w).sum())(x)
     f32[4/data] local[2] on mesh(data=2)
-    >>> sw.vmap(sw.grad(lambda w, x: (x * w).sum()), in_dims=(None, 0))(w, x)  # one gradient per entry
+    >>> per_entry = sw.grad(lambda w, x: (x * w).sum())
+    >>> sw.vmap(per_entry, in_dims=(None, 0))(w, x)
     f32[4/data 3] local[2 3] on mesh(data=2)
     """
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = optree.tree_flatten(args, none_is_leaf=True)
+        tree: Any = args
+        leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
         dims = _dims(leaves, _prefix(in_dims, args, "in_dims"))
         leaves, axes, size = _aligned(leaves, dims)
         inside = [
@@ -104,9 +106,8 @@ def vmap(
 def _prefix(dims: InDims, tree: Any, what: str) -> list[int | None]:
     """One entry per leaf of the tree."""
     try:
-        return optree.broadcast_prefix(
-            tuple(dims) if isinstance(dims, list) else dims, tree, none_is_leaf=True
-        )  # type: ignore[return-value]
+        given: Any = tuple(dims) if isinstance(dims, list) else dims
+        return optree.broadcast_prefix(given, tree, none_is_leaf=True)
     except ValueError as error:
         raise ValueError(f"vmap: {what}={dims!r} is no prefix of the tree: {error}") from None
 
@@ -137,7 +138,8 @@ def _aligned(leaves: list[Any], dims: Sequence[int | None]) -> tuple[list[Any], 
     if len(cuts) > 1:
         raise LayoutError(
             word(
-                f"the mapped dims are cut by different axes: {' and '.join('/'.join(c) for c in cuts)}"
+                "the mapped dims are cut by different axes: "
+                f"{' and '.join('/'.join(c) for c in cuts)}"
                 "\ncut them alike: sw.reshard(x, ...)",
                 op="vmap",
                 source=user_line(),
@@ -187,15 +189,15 @@ def _moves(x: Any, d: int | None) -> bool:
 
 
 def _leaving(x: Any, d: int | None, axes: Axes) -> Any:
-    """A result ready to leave: varying over the axes, or equal for all entries where out_dims is None."""
+    """A result ready to leave: varying over the axes, or, for out_dims None, equal everywhere."""
     if x is None:
         return None
     if not isinstance(x, ShardedTensor | Tensor):
         raise TypeError(f"vmap: the function must return tensors, got {type(x).__name__}")
     if d is not None:
         return vary(x, axes) if isinstance(x, ShardedTensor) else x
-    level = torch._C._functorch.maybe_current_level()
-    mapped = any(torch._C._functorch.maybe_get_level(s) == level for s in flat(x))
+    level = functorch.maybe_current_level()
+    mapped = any(functorch.maybe_get_level(s) == level for s in flat(x))
     if mapped or (isinstance(x, ShardedTensor) and x.layout.varying & frozenset(axes)):
         raise LayoutError(
             f"vmap: out_dims is None for a result that differs between entries: {x}\ngive it a dim",

@@ -1,4 +1,4 @@
-"""The conversion table: values, adjoints, the backward rows, forward mode, vmap, and what is remembered."""
+"""The conversion table: values, adjoints, backward rows, forward mode, vmap, memory."""
 
 from __future__ import annotations
 

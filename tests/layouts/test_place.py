@@ -1,4 +1,4 @@
-"""From plain values to ShardedTensors: shard, from_local, from_callback, full, constants, padding."""
+"""Making ShardedTensors: shard, from_local, from_callback, full, constants, padding."""
 
 from __future__ import annotations
 

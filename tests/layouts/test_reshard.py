@@ -1,4 +1,4 @@
-"""`reshard` never changes the value, takes the cheapest way, and its gradient is the dual way back."""
+"""`reshard` never changes the value, takes the cheapest way; its gradient is the dual way."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_way_around_is_never_cheaper(case):
         two.layout.state(a) not in (one.layout.state(a), three.layout.state(a))
         for a in case.mesh.axes
     ):
-        return  # a route cuts no axis that neither end cuts: its bytes would come back in the backward
+        return  # a route cuts no axis that neither end cuts: the backward would pay for it
     direct = route_cost(one, three.layout)[0]
     around = route_cost(one, two.layout)[0] + route_cost(two, three.layout)[0]
     sizes = [math.prod(t.local_shape) for t in (one, two, three)]

@@ -1,4 +1,4 @@
-"""`save="shard"`: the same gradients, a second gather on the record, and no gathered tensor kept alive."""
+"""`save="shard"`: the same gradients, a second gather on the record, nothing kept alive."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ class Layer(NamedTuple):
 def test_paths_read_as_people_write_them():
     params = {"blocks": [Layer(1, None), Layer(3, 4)], "norm": {"scale": (5,)}}
     assert tree.items(params) == [
-        ("blocks.0.w", 1), ("blocks.0.b", None), ("blocks.1.w", 3), ("blocks.1.b", 4), ("norm.scale.0", 5),
+        ("blocks.0.w", 1), ("blocks.0.b", None), ("blocks.1.w", 3),
+        ("blocks.1.b", 4), ("norm.scale.0", 5),
     ]  # fmt: skip
     assert tree.leaves(params) == [1, None, 3, 4, 5]
     assert tree.items(7) == [("", 7)]

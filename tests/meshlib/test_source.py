@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+from contextlib import suppress
 
 import pytest
 
@@ -54,10 +55,8 @@ def _see_is_ours(monkeypatch):
 @pytest.mark.usefixtures("_see_is_ours")
 @pytest.mark.parametrize(("text", "names", "is_operator"), CALLS)
 def test_operands_are_named_in_the_users_words(text, names, is_operator):
-    try:
+    with suppress(TypeError):  # a program may go on to add None to a number
         run(text)
-    except TypeError:
-        pass  # the programs add nothing to numbers; only the call matters
     call = found[-1]
     assert call.line == "user.py:3"
     if names is not None:

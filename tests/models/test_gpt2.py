@@ -174,7 +174,8 @@ def test_one_step_is_planned_for_four_thousand_devices() -> None:
     tokens = sw.zeros((1024, 1024), mesh, strategy["tokens"], dtype=torch.int64)
     plan = sw.plan(sw.value_and_grad(model.loss), params, {"tokens": tokens, "labels": tokens})
     stream = 2 * 1024 * 768
-    assert plan.count(kind="all_reduce", axis="tensor", phase="forward") == 2 * 12 + 1 + 3
+    # two a layer, the embedding, and the loss: a maximum and a sum (the labels' logits stay owed)
+    assert plan.count(kind="all_reduce", axis="tensor", phase="forward") == 2 * 12 + 1 + 2
     assert plan.elements(axis="tensor", phase="backward") == (2 * 12 + 1) * 2 * 7 * stream // 8
     size = sum(p.numel() // (8 if p.layout.axes else 1) for p in sw.tree.leaves(params))
     moved = plan.elements(axis="data", phase="backward")

@@ -13,9 +13,9 @@ import shardwise as sw
 from shardwise import ops
 from shardwise.ops.audit import report
 
-# h in both and kept, m only in A, n only in B, k in both and summed. States: the factor that the axis cuts, or
-# I replicated, R reduced, U unreduced. Columns: A, B, result, forward of the casts, backward of the casts; a cast is
-# (operand, row). None: a choice.
+# h in both and kept, m only in A, n only in B, k in both and summed. States: the factor that the
+# axis cuts, or I replicated, R reduced, U unreduced. Columns: A, B, result, forward and backward of
+# the casts; a cast is (operand, row). None: a choice.
 MULTILINEAR = [
     ("h", "h", "h", [], []),
     ("k", "k", "U", [], []),
@@ -232,12 +232,12 @@ def test_bad_patterns_and_sizes_say_what_is_wrong(golden):
     x, y = placed(values(4, 6), on, "_ _"), placed(values(8, 2), on, "_ _")
     said = []
     for pattern, _ in BAD:
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=r".") as caught:
             ops.einsum(pattern, x, y)
         said.append(str(caught.value))
     for wrong in (lambda: x @ y, lambda: ops.einsum("b s, s f -> b f", x, x, out="s b"),
                   lambda: ops.einsum("b s, t s -> b t", x, x, out="t/a b")):  # fmt: skip
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=r".") as caught:
             wrong()
         said.append(str(caught.value))
     golden("contract", "\n".join(said))

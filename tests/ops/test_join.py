@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from check import close, moves, placed
+from check import close, moves, placed, ran
 from gallery import mesh, values
 
 import shardwise as sw
@@ -222,3 +222,34 @@ def test_nothing_is_written_in_place() -> None:
     x = placed(values(4), mesh(a=2), "_/a")
     with pytest.raises(TypeError, match="in place"):
         x[0] = 1.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.cat([x, x]),
+        lambda x: x[0],
+        lambda x: x.narrow(0, 1, 2),
+        lambda x: F.pad(x, (0, 0, 1, 1)),
+        lambda x: torch.diagonal(x),
+    ],
+)
+def test_every_fix_of_a_cut_dim_runs_as_it_stands(call: Call) -> None:
+    x = placed(values(4, 6), mesh(a=2), "_/a _")
+    with pytest.raises(sw.LayoutError) as caught:
+        call(x)
+    assert caught.value.fixes
+    for fix in caught.value.fixes:
+        made, plan = ran(
+            lambda code=fix.code: eval(code, {"sw": sw, "torch": torch, "F": F, "x": x})
+        )
+        assert sum(c.bytes for c in plan.collectives) == fix.bytes
+        close(made, call(x.full_tensor()))
+
+
+def test_ops_pass_through_the_transforms() -> None:
+    a = values(3, 4, 6)
+    x = placed(a, mesh(a=2), "_ _/a _")
+    close(sw.vmap(lambda x: x.roll(1, 0).tril().flatten())(x), a.roll(1, 1).tril().flatten(1))
+    twice = sw.grad(lambda x: sw.grad(lambda x: (x.flip(1) ** 3)[:, :, 1:].sum())(x).sum())(x)
+    close(twice, torch.cat([torch.zeros(3, 4, 1, dtype=a.dtype), 6 * a[..., 1:]], 2))

@@ -145,7 +145,7 @@ def test_a_call_of_known_types_plans_nothing():
 
 
 def test_numbers_that_vary_do_not_grow_the_cache():
-    x, y = both()
+    x, _ = both()
     u = placed(values(6), mesh(a=2, b=3), "_ {U:a}")
 
     def step(lr):

@@ -1,4 +1,4 @@
-"""Pointwise ops: tables (b) and (c) of the core study as data, every function against torch, operators."""
+"""Pointwise ops: tables (b) and (c) of the core study as data; functions and operators."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ def test_activations_equal_torch(name):
 
 
 OPERATORS = [
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.mod, operator.floordiv,
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.pow,
+    operator.mod, operator.floordiv,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
 ]  # fmt: skip
 
@@ -241,6 +242,15 @@ def test_a_cast_to_integers_takes_the_sum_first():
     assert torch.equal(x.to(torch.int64).full_tensor(), torch.tensor([0, 1, -2]))
     assert x.to(torch.float32).layout.unreduced == {"a"}
     assert x.bool().full_tensor().all()
+    assert torch.equal(x.sum(dtype=torch.int64).full_tensor(), value.sum(dtype=torch.int64))
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+def test_a_rounded_quotient_takes_the_sum_first(mode):
+    value = torch.tensor([3.5, -7.25, 9.75], dtype=torch.float64)
+    x = placed(value, mesh(a=2), "_ {U:a}")
+    assert torch.div(x, 2.0).layout.unreduced == {"a"}
+    close(torch.div(x, 2.0, rounding_mode=mode), torch.div(value, 2.0, rounding_mode=mode))
 
 
 @pytest.mark.parametrize("low", [0, 0.0, None])

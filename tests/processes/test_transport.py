@@ -345,7 +345,7 @@ def torchrun(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 

@@ -55,7 +55,7 @@ def pulled(
     cotangent: Tensor,
     seed: int = 1,
 ) -> tuple[sw.ShardedTensor, tuple[sw.ShardedTensor, ...], sw.Plan]:
-    """Value, gradients, and the record of forward and backward, for a cotangent given by its global value."""
+    """Value, gradients and the record of both ways, for a cotangent of this global value."""
     with sw.record() as plan:
         y, pull = sw.vjp(f, *xs)
         grads = pull(split(cotangent, y.mesh, y.layout.dual, rng(seed)))

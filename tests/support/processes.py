@@ -61,7 +61,7 @@ def launch(
     program: Callable[..., Any] | str,
     size: int,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     must_succeed: bool = True,
 ) -> list[Outcome]:

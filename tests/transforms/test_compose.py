@@ -121,7 +121,7 @@ def test_composition_equals_torch_func(name, mesh, values):
                 want,
                 rtol=1e-11,
                 atol=1e-11,
-                msg=lambda m: f"{name}, {lies}, {rows}: {m}",
+                msg=lambda m, at=f"{name}, {lies}, {rows}": f"{at}: {m}",
             )
 
 

@@ -42,16 +42,24 @@ def test_axes_of_one_dim_come_back_in_their_order():
     close(y.full_tensor(), 2 * x.full_tensor())
 
 
+def ring(n):
+    return [(i, (i + 1) % n) for i in range(n)]
+
+
 # name -> (body, in, out, the same on the global [6, 6] value with n blocks of rows)
 BODIES = {
     "all_reduce": (lambda x: ops.all_reduce(x, "a"), "_ _", lambda b: sum(b)),
     "all_reduce of a sum that is owed": (
-        lambda x: ops.all_reduce(ops.einsum("i j, j k -> i k", x, ops.all_reduce(x, "a").sum(0, keepdim=True).T), "a"),
+        lambda x: ops.all_reduce(x @ ops.all_reduce(x, "a").sum(0, keepdim=True).T, "a"),
         "_ _",
         lambda b: sum(p @ sum(b).sum(0, keepdim=True).T for p in b),
     ),
     "all_gather": (lambda x: ops.all_gather(x, "a", 1), "_ _ {R:a}", lambda b: torch.cat(b, 1)),
-    "all_gather, last dim": (lambda x: ops.all_gather(torch.sin(x), "a", -1), "_ _", lambda b: torch.cat(b, 1).sin()),
+    "all_gather, last dim": (
+        lambda x: ops.all_gather(torch.sin(x), "a", -1),
+        "_ _",
+        lambda b: torch.cat(b, 1).sin(),
+    ),
     "reduce_scatter": (
         lambda x: ops.reduce_scatter(x, "a", 1),
         "_ _/a",
@@ -68,7 +76,7 @@ BODIES = {
         lambda b: torch.cat([torch.zeros_like(b[0]), b[0], *[torch.zeros_like(c) for c in b[2:]]]),
     ),
     "ring": (
-        lambda x: x * ops.permute(x, "a", [(i, (i + 1) % x.mesh.axes["a"]) for i in range(x.mesh.axes["a"])]),
+        lambda x: x * ops.permute(x, "a", ring(x.mesh.axes["a"])),
         "_/a _",
         lambda b: torch.cat([b[i] * b[i - 1] for i in range(len(b))]),
     ),
@@ -196,8 +204,8 @@ def test_a_branch_on_what_varies_is_refused():
         (lambda x, r: ops.all_gather(r, "a", 0), "x must be varying over 'a'"),
         (lambda x, r: ops.permute(r, "a", [(0, 1)]), "every device has the same value"),
         (lambda x, r: ops.all_reduce(x, "c"), "unknown axis 'c'"),
-        (lambda x, r: ops.all_reduce(x, "a", op="mean"), "op must be 'sum', 'max' or 'min'"),
-        (lambda x, r: ops.permute(x, "a", [(0, 2)]), "positions \\[2\\] must differ"),
+        (lambda x, r: ops.all_reduce(x, "a", op="mean"), r"op must be 'sum', 'max' or 'min'"),
+        (lambda x, r: ops.permute(x, "a", [(0, 2)]), r"positions \[2\] must differ"),
         (lambda x, r: ops.all_to_all(x, "a", 0, 0), "the same dim"),
         (lambda x, r: ops.reduce_scatter(x, "a", 0), "not divisible"),
     ],
@@ -210,7 +218,7 @@ def test_bad_collectives_say_why(call, words):
 
 
 def test_outside_there_is_no_mesh_and_a_maximum_has_no_gradient():
-    with pytest.raises(sw.LayoutError, match="call it inside sw.shard_map"):
+    with pytest.raises(sw.LayoutError, match=r"call it inside sw\.shard_map"):
         ops.axis_index("a")
     with pytest.raises(TypeError, match="none is a ShardedTensor"):
         sw.shard_map(lambda x: x, in_layouts="", out_layouts="")(3)
