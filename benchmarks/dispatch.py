@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -104,7 +104,11 @@ def main() -> None:
     theirs = operands(lambda t: distribute_tensor(t, device_mesh, [Replicate()]))
     rows = []
     for name, op in OPS.items():
-        calls = {"torch": lambda: op(*plain), "ours": lambda: op(*mine), "dtensor": lambda: op(*theirs)}
+        calls = {
+            "torch": lambda: op(*plain),
+            "ours": lambda: op(*mine),
+            "dtensor": lambda: op(*theirs),
+        }
         with torch.no_grad():
             t = measure(calls, options.rounds, options.repeats)
         rows.append([name, *(f"{t[k]:.2f}" for k in t), f"+{t['ours'] - t['torch']:.2f}",
@@ -137,7 +141,15 @@ def main() -> None:
         calls = {"torch": lambda: [op(*plain) for _ in range(8)], "ours": lambda: op(*mine)}
         with torch.no_grad():
             t = measure(calls, options.rounds, max(1, options.repeats // 8))
-        rows.append([name, f"{t['torch']:.1f}", f"{t['ours']:.1f}", f"{t['ours'] - t['torch']:+.1f}", "<= +5"])
+        rows.append(
+            [
+                name,
+                f"{t['torch']:.1f}",
+                f"{t['ours']:.1f}",
+                f"{t['ours'] - t['torch']:+.1f}",
+                "<= +5",
+            ]
+        )
     table("8 simulated devices, forward", ["op", "8 x torch", "ours", "over", "aim"], rows)
 
     rows = []
@@ -157,7 +169,9 @@ def first_call(name: str, layouts: tuple[str, str], mesh: sw.Mesh) -> list[str]:
     for number in range(1, 31):
         size = 8 * number + 128
         x = sw.shard(torch.randn(size, size), mesh, layouts[0])
-        y = sw.shard(torch.randn(size) if name == "layer_norm" else torch.randn(size, size), mesh, layouts[1])
+        y = sw.shard(
+            torch.randn(size) if name == "layer_norm" else torch.randn(size, size), mesh, layouts[1]
+        )
         op = {"matmul": lambda: x @ y, "add": lambda: x + y,
               "layer_norm": lambda: F.layer_norm(x, (size,), y, y)}[name]  # fmt: skip  # noqa: B023
         start = time.perf_counter()

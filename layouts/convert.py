@@ -85,9 +85,7 @@ class Step:
     @property
     def dual(self) -> Step:
         """The backward row."""
-        return Step(
-            self.mesh, self.axes, _dual(self.after), _dual(self.before), self.reduce_dtype
-        )
+        return Step(self.mesh, self.axes, _dual(self.after), _dual(self.before), self.reduce_dtype)
 
     def shifted(self) -> Step:
         """The same step on tensors with one more leading dim (vmap)."""
@@ -133,7 +131,8 @@ def run(
     places = mesh.positions(axes)
     if verb == "keep":
         return [
-            s.view_as(s) if p == 0 else torch.zeros_like(s) for s, p in zip(shards, places, strict=True)
+            s.view_as(s) if p == 0 else torch.zeros_like(s)
+            for s, p in zip(shards, places, strict=True)
         ]
     n = mesh.group_size(axes)
     if verb == "slice":
@@ -194,7 +193,9 @@ def convert_shards(
     """A differentiable step on shards."""
     if _functorch():
         return Convert.apply(step, by, backward, *shards)  # type: ignore[no-any-return]
-    if (_grad_enabled() and any(s.requires_grad for s in shards)) or _forward_ad._current_level >= 0:
+    if (
+        _grad_enabled() and any(s.requires_grad for s in shards)
+    ) or _forward_ad._current_level >= 0:
         return _apply(step, by, backward, *shards)  # type: ignore[no-any-return]
     return run(step, shards, by, backward)
 
@@ -347,7 +348,9 @@ def _noted(x: ShardedTensor, step: Step, by: record.Context) -> record.Context:
     return by._replace(path=path) if path is not None and by.path is None else by
 
 
-def relabelled(x: ShardedTensor, layout: Layout, shape: Sequence[int] | None = None) -> ShardedTensor:
+def relabelled(
+    x: ShardedTensor, layout: Layout, shape: Sequence[int] | None = None
+) -> ShardedTensor:
     """The same shards read as another type: a reinterpretation, for shard_map and vmap only."""
     kind = x._type
     sizes = kind.shape if shape is None else shape

@@ -73,7 +73,8 @@ class Layout:
             found = resolve(text, ndim)
             if ndim is not None and found.ndim != ndim:
                 raise LayoutError(
-                    f"layout {text!r} speaks of {found.ndim} dims, but the tensor has {ndim}", kind="parse"
+                    f"layout {text!r} speaks of {found.ndim} dims, but the tensor has {ndim}",
+                    kind="parse",
                 )
             _PARSED[text, ndim] = found
         return found
@@ -82,7 +83,9 @@ class Layout:
     def dual(self) -> Layout:
         """The layout of the cotangent."""
         if self._dual is None:
-            self._dual = make(self.dims, self.reduced, self.unreduced, self.varying, self.memory, self.at)
+            self._dual = make(
+                self.dims, self.reduced, self.unreduced, self.varying, self.memory, self.at
+            )
         return self._dual
 
     def state(self, axis: str) -> State:
@@ -142,7 +145,9 @@ class Layout:
         (slice(4, 8, None), slice(0, 64, None))
         """
         local = self.local_shape(shape, mesh)
-        starts = [n * position(mesh.axes, coord, axes) for n, axes in zip(local, self.dims, strict=True)]
+        starts = [
+            n * position(mesh.axes, coord, axes) for n, axes in zip(local, self.dims, strict=True)
+        ]
         return tuple(slice(a, a + n) for a, n in zip(starts, local, strict=True))
 
     def __str__(self) -> str:

@@ -1,13 +1,13 @@
 """The layout grammar: text to its parts and back. One grammar for input, printing, files and errors.
 
-    layout  =  item*  states*  place*
-    item    =  name axes | "..." axes          name: identifier, "_" or a number, for the reader only
-    axes    =  ("/" axis)*                     major to minor
-    states  =  "{" (U|R|V) ":" axis ("," axis)* ... "}"
-    place   =  "@host" | "@disk" | "@" axis "=" int ("," int)*
+layout  =  item*  states*  place*
+item    =  name axes | "..." axes          name: identifier, "_" or a number, for the reader only
+axes    =  ("/" axis)*                     major to minor
+states  =  "{" (U|R|V) ":" axis ("," axis)* ... "}"
+place   =  "@host" | "@disk" | "@" axis "=" int ("," int)*
 
-    >>> parse("batch/data ... vocab/tensor {U:pipe} @host").dims
-    (('data',), ('tensor',))
+>>> parse("batch/data ... vocab/tensor {U:pipe} @host").dims
+(('data',), ('tensor',))
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def write(
     names: tuple[str, ...] | None = None,
 ) -> str:
     """The text of a layout; names default to "_"."""
-    parts = [
-        "/".join((names[i] if names else "_", *axes)) for i, axes in enumerate(dims)
-    ]
+    parts = ["/".join((names[i] if names else "_", *axes)) for i, axes in enumerate(dims)]
     parts.append(write_states(states))
     parts.append("" if memory == "device" else f"@{memory}")
     parts += [f"@{axis}={','.join(map(str, where))}" for axis, where in at]

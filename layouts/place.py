@@ -84,9 +84,7 @@ def _compare(value: Tensor, mesh: Mesh) -> None:
     agree(mesh.comm, digest.digest(), f"shard at {line[0]}: the global value")
 
 
-def from_local(
-    shards: Tensor | Sequence[Tensor], mesh: Mesh, layout: LayoutLike
-) -> ShardedTensor:
+def from_local(shards: Tensor | Sequence[Tensor], mesh: Mesh, layout: LayoutLike) -> ShardedTensor:
     """A ShardedTensor of local blocks.
 
     Args:
@@ -109,9 +107,7 @@ def from_local(
         )
     first = blocks[0]
     to = resolve(layout, first.ndim)
-    odd = [
-        i for i, b in enumerate(blocks) if b.shape != first.shape or b.dtype != first.dtype
-    ]
+    odd = [i for i, b in enumerate(blocks) if b.shape != first.shape or b.dtype != first.dtype]
     if odd:
         raise LayoutError(
             word(
@@ -119,7 +115,8 @@ def from_local(
                 op="from_local",
                 source=user_line(),
                 operands=[
-                    (f"shard {i}", f"{tuple(blocks[i].shape)} {blocks[i].dtype}") for i in (0, *odd[:3])
+                    (f"shard {i}", f"{tuple(blocks[i].shape)} {blocks[i].dtype}")
+                    for i in (0, *odd[:3])
                 ],
                 mesh=mesh,
             )
@@ -219,7 +216,11 @@ def full(
 
 
 def zeros(
-    shape: Sequence[int], mesh: Mesh, layout: LayoutLike = "...", *, dtype: torch.dtype | None = None
+    shape: Sequence[int],
+    mesh: Mesh,
+    layout: LayoutLike = "...",
+    *,
+    dtype: torch.dtype | None = None,
 ) -> ShardedTensor:
     """Zeros; also "a batch of this shape" on an abstract mesh.
 
@@ -266,5 +267,3 @@ def pad_to_multiple(x: ShardedTensor | Tensor, dim: int, multiple: int) -> Any:
         return x
     widths = [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, extra]
     return torch.nn.functional.pad(x, widths)  # type: ignore[arg-type]
-
-

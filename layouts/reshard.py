@@ -185,7 +185,9 @@ def reshard_one(
         return x
     target.check(x.shape, x.mesh, "reshard")
     check_dtype(x.dtype, target, "reshard")
-    device = make(target.dims, target.unreduced, target.reduced, target.varying, "device", target.at)
+    device = make(
+        target.dims, target.unreduced, target.reduced, target.varying, "device", target.at
+    )
     if x.layout.memory != "device":
         x = _place(x, "device")
     route = find_route(x._type, device)
@@ -285,17 +287,21 @@ class _Remesh(torch.autograd.Function):
     """The global value on another mesh; the derivative is the way back between the dual layouts."""
 
     @staticmethod
-    def forward(before: Type, after: Type, *shards: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(before: Type, after: Type, *shards: Tensor) -> tuple[Tensor, ...]:
         return tuple(cut(whole(ShardedTensor(shards, before)), after.mesh, after.layout))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.before, ctx.after = inputs[0], inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         source = ctx.after.with_layout(ctx.after.layout.dual)
-        return None, None, *_Remesh.apply(source, ctx.before.with_layout(ctx.before.layout.dual), *grads)  # type: ignore[misc]
+        return (
+            None,
+            None,
+            *_Remesh.apply(source, ctx.before.with_layout(ctx.before.layout.dual), *grads),
+        )  # type: ignore[misc]
 
 
 def _remesh(x: ShardedTensor, layout: Layout, mesh: Mesh) -> ShardedTensor:
@@ -361,13 +367,13 @@ class _Whole(torch.autograd.Function):
     """The global value as one plain tensor; the derivative cuts it again, in the dual layout."""
 
     @staticmethod
-    def forward(ctx: Any, kind: Type, *shards: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, kind: Type, *shards: Tensor) -> Tensor:
         ctx.kind = kind
         value = whole(ShardedTensor(shards, kind))
         return value.clone() if any(value.data_ptr() == s.data_ptr() for s in shards) else value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return None, *(cut(grad, ctx.kind.mesh, ctx.kind.layout.dual))
 
 

@@ -31,7 +31,9 @@ DTYPES = {
 }  # fmt: skip
 _TYPES: dict[tuple[Any, ...], Type] = {}
 TORCH: dict[Any, Callable[..., Any]] = {}  # torch function -> ours; `ops` fills it
-HELPERS: dict[str, Callable[..., Any]] = {}  # what the class needs from rooms above; filled on import
+HELPERS: dict[
+    str, Callable[..., Any]
+] = {}  # what the class needs from rooms above; filled on import
 
 
 class Type:
@@ -49,7 +51,9 @@ class Type:
 
     def with_layout(self, layout: Layout, grad: bool | None = None) -> Type:
         """The same tensor's type in another layout."""
-        return make_type(self.mesh, layout, self.shape, self.dtype, self.grad if grad is None else grad)
+        return make_type(
+            self.mesh, layout, self.shape, self.dtype, self.grad if grad is None else grad
+        )
 
     def __deepcopy__(self, memo: Any) -> Type:
         return self
@@ -115,7 +119,7 @@ class ShardedTensor:
     _path: str  # tree path of a parameter
     _entry: Any  # how a parameter's gradient leaves (see ops/transforms/grad.py)
 
-    def __init__(self, shards: tuple[Tensor, ...], type: Type) -> None:  # noqa: A002
+    def __init__(self, shards: tuple[Tensor, ...], type: Type) -> None:
         self._shards = shards
         self._type = type
 
@@ -260,7 +264,11 @@ class ShardedTensor:
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         ours = TORCH.get(func)
         if ours is None:
@@ -307,7 +315,9 @@ def scalar(x: ShardedTensor, what: str) -> Any:
         if layout.unreduced:
             verdict = f"the value is still a sum over {sorted(layout.unreduced)}; each device holds a part"
         elif layout.varying:
-            verdict = f"the value differs over {sorted(layout.varying)}; no one number stands for it"
+            verdict = (
+                f"the value differs over {sorted(layout.varying)}; no one number stands for it"
+            )
         elif x.numel() == 1:
             verdict = f"the value is cut over {sorted(a for axes in layout.dims for a in axes)}"
         else:
@@ -327,12 +337,18 @@ def scalar(x: ShardedTensor, what: str) -> Any:
         )
     if x.mesh.is_outside or x.mesh.transport == "abstract":
         raise LayoutError(
-            word("the tensor has no value here: it lives on meta shards", op=what, operands=[("x", str(x))])
+            word(
+                "the tensor has no value here: it lives on meta shards",
+                op=what,
+                operands=[("x", str(x))],
+            )
         )
     return x._shards[0].item()
 
 
-def wrap(shards: Sequence[Tensor], mesh: Mesh, layout: Layout, shape: Sequence[int]) -> ShardedTensor:
+def wrap(
+    shards: Sequence[Tensor], mesh: Mesh, layout: Layout, shape: Sequence[int]
+) -> ShardedTensor:
     """A ShardedTensor of shards whose shapes are known to fit."""
     first = shards[0]
     kind = make_type(mesh, layout, shape, first.dtype, first.requires_grad)

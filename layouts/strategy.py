@@ -156,7 +156,10 @@ class Strategy:
         to = row_layout(row, leaf.shape, leaf.mesh, leaf.layout, f"compute row of {role}")
         wide = self.precision.reduce
         return reshard_one(
-            leaf, to, save=self.option("save"), reduce_dtype=wide if wide != leaf.dtype else None  # type: ignore[arg-type]
+            leaf,
+            to,
+            save=self.option("save"),
+            reduce_dtype=wide if wide != leaf.dtype else None,  # type: ignore[arg-type]
         )
 
     def layouts(self, declaration: Any, sizes: Any, mesh: Mesh) -> Any:
@@ -199,11 +202,17 @@ class Strategy:
             dims = " ".join("/".join((str(n), *a)) for n, a in zip(shape, layout.dims, strict=True))
             size = math.prod(layout.local_shape(shape, mesh)) * self.precision.param.itemsize
             rows.append(
-                (".".join(map(str, path)), f"[{dims}]", self.compute_row(str(path[-1])), f"{size:,}")
+                (
+                    ".".join(map(str, path)),
+                    f"[{dims}]",
+                    self.compute_row(str(path[-1])),
+                    f"{size:,}",
+                )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+            "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
         )
 
     def to_toml(self) -> str:
@@ -235,7 +244,9 @@ def find_row(table: Table, role: str, name: str) -> str:
     """The row of a role: exact, else the one pattern that matches."""
     if role in table:
         return table[role]
-    hits = [p for p in table if p != "*" and any(c in p for c in "*?[") and fnmatch.fnmatchcase(role, p)]
+    hits = [
+        p for p in table if p != "*" and any(c in p for c in "*?[") and fnmatch.fnmatchcase(role, p)
+    ]
     if len(hits) > 1:
         raise LayoutError(f"strategy: role {role!r} matches two patterns of {name}: {hits}")
     if hits:
@@ -245,16 +256,16 @@ def find_row(table: Table, role: str, name: str) -> str:
     raise LayoutError(f"strategy: no row of {name} for role {role!r}{nearest(role, table)}")
 
 
-def row_layout(
-    row: str, shape: Any, mesh: Mesh, has: Layout | None, what: str = ""
-) -> Layout:
+def row_layout(row: str, shape: Any, mesh: Mesh, has: Layout | None, what: str = "") -> Layout:
     """A row resolved on a shape. `.../axis` beside spoken dims cuts the first dim that the axis divides."""
     parsed = notation.parse(row)
     ndim = len(shape)
     if parsed.rest is None or len(parsed.dims) < ndim or not parsed.rest_axes:
         layout = resolve(row, ndim, has, shape, mesh)
         if layout.ndim != ndim:
-            raise LayoutError(f"{what}: '{row}' speaks of {layout.ndim} dims, the tensor has {ndim}")
+            raise LayoutError(
+                f"{what}: '{row}' speaks of {layout.ndim} dims, the tensor has {ndim}"
+            )
         return layout
     dims = [list(d) for d in parsed.dims]
     for axis in parsed.rest_axes:
@@ -295,10 +306,17 @@ def join_tables(a: Table, b: Table) -> dict[str, str]:
 def join(a: str, b: str, role: str = "") -> str:
     """Two rows as one: by dim name, axes of a before axes of b, states united."""
     one, two = notation.parse(a), notation.parse(b)
-    exact, other = (one, two) if one.rest is None or (two.rest is not None and one.dims) else (two, one)
+    exact, other = (
+        (one, two) if one.rest is None or (two.rest is not None and one.dims) else (two, one)
+    )
     if one.rest is None and two.rest is None and one.names != two.names:
         raise LayoutError(f"strategy: rows of {role!r} name other dims: '{a}' and '{b}'")
-    if one.rest is not None and two.rest is not None and set(two.names) - set(one.names) and one.dims:
+    if (
+        one.rest is not None
+        and two.rest is not None
+        and set(two.names) - set(one.names)
+        and one.dims
+    ):
         raise LayoutError(f"strategy: rows of {role!r} cannot be joined: '{a}' and '{b}'")
     axes_of = [dict(zip(p.names, p.dims, strict=True)) for p in (one, two)]
     named = set().union(*exact.dims, *exact.states.values())
@@ -323,11 +341,15 @@ def join(a: str, b: str, role: str = "") -> str:
     flat = [x for d in dims for x in d] + tail
     twice = {x for x in flat if flat.count(x) > 1}
     if twice:
-        raise LayoutError(f"strategy: rows of {role!r} put axis {sorted(twice)[0]!r} on two dims: '{a}' and '{b}'")
+        raise LayoutError(
+            f"strategy: rows of {role!r} put axis {sorted(twice)[0]!r} on two dims: '{a}' and '{b}'"
+        )
     both_open = one.rest is not None and two.rest is not None
     words = ["/".join((name, *axes)) for name, axes in zip(exact.names, dims, strict=True)]
     if both_open:
-        words.insert(exact.rest or 0 if exact.rest is not None else len(words), "/".join(("...", *tail)))
+        words.insert(
+            exact.rest or 0 if exact.rest is not None else len(words), "/".join(("...", *tail))
+        )
     elif tail:
         words.append("/".join(("...", *tail)))
     words.append(notation.write_states(states))
@@ -336,5 +358,3 @@ def join(a: str, b: str, role: str = "") -> str:
     places = dict(one.at) | dict(two.at)
     words += [f"@{axis}={','.join(map(str, at))}" for axis, at in places.items()]
     return " ".join(w for w in words if w)
-
-

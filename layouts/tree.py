@@ -16,14 +16,16 @@ import optree
 Mask = str | Callable[[str, Any], bool]
 
 
-def map(f: Callable[..., Any], *trees: Any) -> Any:  # noqa: A001
+def map(f: Callable[..., Any], *trees: Any) -> Any:
     """`f` on corresponding leaves; a None leaf of the first tree stays None.
 
     >>> map(lambda a, b: a + b, {"x": 1, "y": None}, {"x": 2, "y": 3})
     {'x': 3, 'y': None}
     """
     first, *rest = trees
-    return optree.tree_map(lambda x, *xs: None if x is None else f(x, *xs), first, *rest, none_is_leaf=True)
+    return optree.tree_map(
+        lambda x, *xs: None if x is None else f(x, *xs), first, *rest, none_is_leaf=True
+    )
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -49,7 +51,10 @@ def items(tree: Any) -> list[tuple[str, Any]]:
 def _paths(spec: Any) -> tuple[str, ...]:
     """The path of each leaf: keys, indices, and the field names of NamedTuples."""
     return tuple(
-        ".".join(str(key.field if isinstance(key, optree.NamedTupleEntry) else key.entry) for key in accessor)
+        ".".join(
+            str(key.field if isinstance(key, optree.NamedTupleEntry) else key.entry)
+            for key in accessor
+        )
         for accessor in spec.accessors()
     )
 

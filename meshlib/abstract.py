@@ -46,9 +46,7 @@ class AbstractTransport:
         n = self._size(axes)
         return self._resized(shards, (concat_dim, n, 1), (split_dim, 1, n))
 
-    def permute(
-        self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
+    def permute(self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
         return self._resized(shards)
 
     def broadcast(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:

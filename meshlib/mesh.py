@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -205,7 +205,7 @@ def position(sizes: Mapping[str, int], coord: Mapping[str, int], axes: Axes) -> 
     return index
 
 
-@lru_cache(maxsize=None)
+@cache
 def abstract_twin(mesh: Mesh) -> Mesh:
     """The abstract mesh with the same axes: for planning and for types without memory."""
     if mesh.transport == "abstract":
@@ -259,7 +259,9 @@ def make_mesh(
     else:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device() if transport == "simulated" else 0)
+            where = torch.device(
+                "cuda", torch.cuda.current_device() if transport == "simulated" else 0
+            )
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     text = ", ".join(f"{name}={size}" for name, size in axes.items())
@@ -267,7 +269,9 @@ def make_mesh(
         raise MeshError(f"mesh({text}): only one axis may be -1, found {free}")
     if free:
         if transport == "distributed" and world % known:
-            raise MeshError(f"mesh({text}): the other axes multiply to {known}, not a divisor of {world}")
+            raise MeshError(
+                f"mesh({text}): the other axes multiply to {known}, not a divisor of {world}"
+            )
         sizes[free[0]] = max(1, world // known)
     total = math.prod(sizes.values())
     if transport == "distributed" and total != world:

@@ -21,9 +21,7 @@ from .mesh import Mesh
 from .source import user_line
 from .transport import Axes, ReduceOp
 
-Kind = Literal[
-    "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", "broadcast"
-]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", "broadcast"]
 Phase = Literal["forward", "backward", "recompute", "regather", "report"]
 Why = Literal[
     "planned", "statistics", "out", "use", "reshard", "gradient", "value", "cheapest", "shard_map"
@@ -136,7 +134,9 @@ def opened(log: Log) -> Iterator[Log]:
 
 
 @contextmanager
-def acting(op: str | None = None, why: Why | None = None, path: str | None = None) -> Iterator[None]:
+def acting(
+    op: str | None = None, why: Why | None = None, path: str | None = None
+) -> Iterator[None]:
     """Name the op and reason of what moves inside the block; an outer op keeps its name."""
     now = _CONTEXT.get()
     token = _CONTEXT.set(
@@ -239,5 +239,3 @@ def moved_twice(key: tuple[int, Axes, str], what: str, owner: object) -> None:
         if seen is not None and seen[1] is owner:
             log.warnings.append(f"{what} again at {by.source}; convert once and use the result")
         log.gathers[key] = ((seen[0] if seen else 0) + 1, owner)
-
-

@@ -33,7 +33,8 @@ class SimulatedTransport:
         if found is None:
             names = list(self.axes)
             stride = {
-                name: math.prod(self.axes[n] for n in names[i + 1 :]) for i, name in enumerate(names)
+                name: math.prod(self.axes[n] for n in names[i + 1 :])
+                for i, name in enumerate(names)
             }
 
             def offsets(over: Sequence[str]) -> list[int]:
@@ -49,7 +50,11 @@ class SimulatedTransport:
         out: list[Tensor] = list(shards)
         combine = _REDUCE[op]
         for group in self.groups(axes):
-            total = combine(shards[group[0]], shards[group[1]]) if len(group) > 1 else shards[group[0]].clone()
+            total = (
+                combine(shards[group[0]], shards[group[1]])
+                if len(group) > 1
+                else shards[group[0]].clone()
+            )
             for i in group[2:]:
                 total = combine(total, shards[i])
             out[group[0]] = total
@@ -87,9 +92,7 @@ class SimulatedTransport:
                 out[i] = torch.cat([row[j] for row in blocks], concat_dim)
         return out
 
-    def permute(
-        self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
+    def permute(self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
         source = {t: s for s, t in pairs}
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):

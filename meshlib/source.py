@@ -18,7 +18,8 @@ import torch
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _INNER = tuple(
-    os.path.join(_ROOT, folder) + os.sep for folder in ("meshlib", "layouts", "kernels", "ops", "optim")
+    os.path.join(_ROOT, folder) + os.sep
+    for folder in ("meshlib", "layouts", "kernels", "ops", "optim")
 )
 _FOREIGN = (os.sep + "torch" + os.sep, os.sep + "optree" + os.sep, os.sep + "einops" + os.sep)
 
@@ -94,7 +95,9 @@ def user_call(operands: Sequence[object]) -> Call:
     elif isinstance(node, ast.Subscript):
         parts = [node.value]
     elif isinstance(node, ast.Call):
-        listed = [e for a in node.args for e in (a.elts if isinstance(a, ast.List | ast.Tuple) else [a])]
+        listed = [
+            e for a in node.args for e in (a.elts if isinstance(a, ast.List | ast.Tuple) else [a])
+        ]
         parts = [a for a in listed if not isinstance(a, ast.Starred | ast.Constant)]
         if isinstance(node.func, ast.Attribute) and len(parts) < count:
             parts.insert(0, node.func.value)

@@ -45,9 +45,7 @@ class Transport(Protocol):
         """Cut along `split_dim`, send block j to position j, concatenate along `concat_dim`."""
         ...
 
-    def permute(
-        self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
+    def permute(self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Send the shard of position s to position t for each (s, t); zeros where nothing arrives."""
         ...
 

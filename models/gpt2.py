@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from ..layouts.reshard import reshard
 from ..layouts.sharded import ShardedTensor
@@ -144,7 +143,9 @@ def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
         at = places[: tokens.shape[1]] if positions is None else nn.embedding(positions, places)
         x = reshard(x + at, s["hidden"])
 
-        def layer(carry: tuple[ShardedTensor, int], p: Any) -> tuple[tuple[ShardedTensor, int], None]:
+        def layer(
+            carry: tuple[ShardedTensor, int], p: Any
+        ) -> tuple[tuple[ShardedTensor, int], None]:
             x, number = carry
             own = random.fold_in(key, number) if key is not None else None
             return (block(s.use(p), x, s, config, own), number + 1), None

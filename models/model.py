@@ -41,5 +41,4 @@ class Model:
     @property
     def num_parameters(self) -> int:
         """Elements of all parameters."""
-
         return sum(math.prod(p.shape(self.config)) for p in optree.tree_leaves(self.declaration))

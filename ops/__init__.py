@@ -15,19 +15,43 @@ from . import (
     ordered,
     pointwise,
     reduce,
+    scans,
     scatter,
     shape,
     slicing,
+    softmax,
 )
 from .audit import audit as audit
 
-_ROOMS = (pointwise, contract, reduce, shape, broadcast, join, slicing, blocks, index, scatter, einops, extreme, moments, normalize, attention, ordered, losses)
+_ROOMS = (
+    pointwise,
+    contract,
+    reduce,
+    shape,
+    broadcast,
+    join,
+    slicing,
+    blocks,
+    index,
+    scatter,
+    einops,
+    extreme,
+    moments,
+    softmax,
+    normalize,
+    attention,
+    scans,
+    ordered,
+    losses,
+)
 for _room in _ROOMS:
     globals().update(
         {
             name: value
             for name, value in vars(_room).items()
-            if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == _room.__name__
+            if callable(value)
+            and not name.startswith("_")
+            and getattr(value, "__module__", "") == _room.__name__
         }
     )
 

@@ -1,7 +1,7 @@
 """Scaled dot-product attention: batch and heads may be cut; keys and head_dim are needed whole.
 
-The query's sequence may be cut where every query sees the same keys: not causal, and a mask that is cut with
-it or has none. Fewer key-value heads are one factor of the query's heads: heads = (kv_heads group).
+The query's sequence may be cut where every query sees the same keys: not causal, and with a mask
+that is cut as it is, or none. Fewer key-value heads are one factor of the query's heads.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
-from .rules import Dim, Rule
+from .rules import Dim, Dims, Rule
 
 
 def _rule(shapes: Sequence[Any], causal: bool, scale: float | None, grouped: bool) -> Rule:
@@ -39,7 +39,7 @@ def _rule(shapes: Sequence[Any], causal: bool, scale: float | None, grouped: boo
     for i, name in enumerate(batch[: len(batch) - grouped]):
         if not q[i] == k[i] == v[i]:
             raise ValueError(f"sizes {q[i]}, {k[i]}, {v[i]} of dim {i} ({name}) do not fit")
-    inputs = [
+    inputs: list[Dims] = [
         (*ahead_q, ("s",), ("d",)),
         (*ahead_k, ("t",), ("d",)),
         (*ahead_k, ("t",), ("e",)),
@@ -54,7 +54,13 @@ def _rule(shapes: Sequence[Any], causal: bool, scale: float | None, grouped: boo
             )
         )
     blocked = {"t", "d", *(("s",) if causal else ())}
-    return Rule(tuple(inputs), ((*ahead_q, ("s",), ("e",)),), sizes, blocked=frozenset(blocked), linear=frozenset((2,)))
+    return Rule(
+        tuple(inputs),
+        ((*ahead_q, ("s",), ("e",)),),
+        sizes,
+        blocked=frozenset(blocked),
+        linear=frozenset((2,)),
+    )
 
 
 def _local(info: Info) -> Local:
@@ -97,7 +103,7 @@ def scaled_dot_product_attention(
         query: [..., heads, seq, head_dim].
         key: [..., kv_heads, keys, head_dim].
         value: [..., kv_heads, keys, width].
-        attn_mask: broadcast to [..., heads, seq, keys]: true where a key is seen, or added to the scores.
+        attn_mask: broadcast to [..., heads, seq, keys]: true where a key is seen, or added.
         dropout_p: must be 0: use nn.dropout with a key.
         is_causal: a query sees keys up to its own place.
         scale: of the scores; None is 1/sqrt(head_dim).
@@ -115,6 +121,6 @@ def scaled_dot_product_attention(
     f32[2/data 4/tensor 6 8] local[1 2 6 8] on mesh(data=2, tensor=2)
     """
     if dropout_p:
-        raise ValueError("attention: dropout_p must be 0 here; use nn.dropout with a key, which is mesh-independent")
+        raise ValueError("attention: dropout_p must be 0 here; use nn.dropout with a key")
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     return _ATTENTION(operands, (is_causal, scale, enable_gqa), out, over)  # type: ignore[no-any-return]

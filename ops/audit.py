@@ -49,7 +49,9 @@ def layouts_of(shape: Sequence[int], mesh: Mesh, *, integer: bool = False) -> It
                     dims[state].append(axis)
             if any(n % mesh.group_size(tuple(axes)) for n, axes in zip(shape, dims, strict=True)):
                 continue
-            where = {s: frozenset(a for a, t in zip(order, at, strict=True) if t == s) for s in "UR"}
+            where = {
+                s: frozenset(a for a, t in zip(order, at, strict=True) if t == s) for s in "UR"
+            }
             layout = make(tuple(map(tuple, dims)), where["U"], where["R"])
             if layout not in seen:
                 seen.add(layout)
@@ -128,7 +130,9 @@ def _try(
 ) -> None:
     key = (str(mesh), *map(str, layouts))
     live = [
-        i for i, v in enumerate(values) if differentiable and v.dtype.is_floating_point and i not in no_grad
+        i
+        for i, v in enumerate(values)
+        if differentiable and v.dtype.is_floating_point and i not in no_grad
     ]
     sharded = [split(v, mesh, to, rng) if v.dtype.is_floating_point else from_local(cut(v, mesh, to), mesh, to)
                for v, to in zip(values, layouts, strict=True)]  # fmt: skip
@@ -156,7 +160,9 @@ def _try(
             found.wrong.append(f"{key}: shape {tuple(out.shape)}, expected {tuple(want.shape)}")
             return
         if not _close(out.full_tensor(), want.detach()):
-            found.wrong.append(f"{key} -> {out}: value off by {_off(out.full_tensor(), want.detach())}")
+            found.wrong.append(
+                f"{key} -> {out}: value off by {_off(out.full_tensor(), want.detach())}"
+            )
             return
         if want.dtype.is_floating_point and live:
             g = torch.randn(want.shape, generator=rng, dtype=want.dtype)
@@ -167,11 +173,17 @@ def _try(
     if not given:
         return
     grads = torch.autograd.grad(
-        [w for w, _ in given], [leaves[i] for i in live], [g for _, g in given], allow_unused=True, materialize_grads=True
+        [w for w, _ in given],
+        [leaves[i] for i in live],
+        [g for _, g in given],
+        allow_unused=True,
+        materialize_grads=True,
     )
     for i, mine, theirs in zip(live, pull(_like(result, cotangents)), grads, strict=True):
         if mine.layout is not layouts[i].dual:
-            found.wrong.append(f"{key}: gradient {i} has layout '{mine.layout}', not the dual of '{layouts[i]}'")
+            found.wrong.append(
+                f"{key}: gradient {i} has layout '{mine.layout}', not the dual of '{layouts[i]}'"
+            )
         try:
             whole = mine.full_tensor()
         except LayoutError as error:

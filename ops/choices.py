@@ -16,7 +16,18 @@ from ..layouts.reshard import Route, find_route, moved
 from ..layouts.sharded import ShardedTensor, Type, make_type, write_type
 from ..meshlib.errors import Fix, LayoutError, format_bytes, word
 from ..meshlib.source import Call, user_call
-from .planner import Choice, Decision, Spot, Unfit, after, decide, elsewhere, in_each_order, lay_out, spots
+from .planner import (
+    Choice,
+    Decision,
+    Spot,
+    Unfit,
+    after,
+    decide,
+    elsewhere,
+    in_each_order,
+    lay_out,
+    spots,
+)
 from .rules import Rule
 
 MOST = 4  # fixes shown
@@ -147,7 +158,9 @@ def _fix(
     text = ", ".join(f"{verb} {size}" for verb, size in ahead) or "nothing moves"
     if behind:
         same = [verb for verb, _ in ahead] == [verb for verb, _ in behind]
-        text += ", backward " + ", ".join(size if same else f"{verb} {size}" for verb, size in behind)
+        text += ", backward " + ", ".join(
+            size if same else f"{verb} {size}" for verb, size in behind
+        )
     if result.unreduced:
         text += f"; gives {write_type(kinds[0].dtype, shape, result)}"
     return Fix(code, text, int(sum(part[2] for part in parts)))
@@ -156,7 +169,7 @@ def _fix(
 def _asked(kind: Type, target: Layout) -> Layout:
     """The target without the casts that the op makes by itself."""
     for axis in target.reduced:
-        if kind.layout.state(axis) == "replicated":
+        if kind.layout.state(axis) == "replicated" or not kind.dtype.is_floating_point:
             target = with_state(target, axis, "replicated")
     return target
 
@@ -191,9 +204,7 @@ def costs(kind: Type, route: Route, grad: bool) -> tuple[Words, Words, float]:
             ahead.append((TABLE[row], format_bytes(count)))
         reached = make_type(now.mesh, after(now.layout, move), now.shape, now.dtype, now.grad)
         if grad and row != ("I", "R"):
-            dual = make_type(
-                now.mesh, reached.layout.dual, now.shape, now.dtype, False
-            )
+            dual = make_type(now.mesh, reached.layout.dual, now.shape, now.dtype, False)
             back = moved(dual, (axes, _dual_state(before))) * item
             if back:
                 behind.insert(0, (TABLE[DUAL[row[1]], DUAL[row[0]]], format_bytes(back)))
@@ -203,5 +214,3 @@ def costs(kind: Type, route: Route, grad: bool) -> tuple[Words, Words, float]:
 
 def _dual_state(state: int | str) -> int | str:
     return {"reduced": "unreduced", "unreduced": "reduced"}.get(state, state)  # type: ignore[call-overload,arg-type]
-
-

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layouts import notation
@@ -32,7 +32,7 @@ Letters = tuple[str, ...]
 Method = Literal["direct"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair(a: Letters, b: Letters, out: Letters) -> tuple[Letters, Letters, Letters, Letters]:
     """Letters of a two-operand contraction: batch, only in a, only in b, contracted."""
     batch = tuple(x for x in out if x in a and x in b)
@@ -52,12 +52,16 @@ def contract(a: Tensor, b: Tensor, da: Letters, db: Letters, out: Letters) -> Te
     def flat(x: Tensor, have: Letters, *groups: Letters) -> Tensor:
         order = [have.index(c) for group in groups for c in group]
         x = x.permute(order) if order != sorted(order) else x
-        return x.reshape([size[c] for c in groups[0]] + [math.prod(size[c] for c in g) for g in groups[1:]])
+        return x.reshape(
+            [size[c] for c in groups[0]] + [math.prod(size[c] for c in g) for g in groups[1:]]
+        )
 
     if not inner and not left and not right:
         result = flat(a, da, batch) * flat(b, db, batch)
         made = batch
-    elif not batch and len(right) <= 1 and len(inner) == 1 and da[-1] == inner[0] and left == da[:-1]:
+    elif (
+        not batch and len(right) <= 1 and len(inner) == 1 and da[-1] == inner[0] and left == da[:-1]
+    ):
         # x[..., k] @ w[k, n]: matmul folds the leading dims itself
         w = b if db == (*inner, *right) else b.permute([db.index(c) for c in (*inner, *right)])
         result = a @ w
@@ -95,8 +99,10 @@ def _local(info: Info) -> Local:
         for number in range(1, len(operands)):
             later = {c for letters in inputs[number + 1 :] for c in letters} | set(out)
             last = number == len(operands) - 1
-            keep = out if last else tuple(
-                c for c in dict.fromkeys((*have, *inputs[number])) if c in later
+            keep = (
+                out
+                if last
+                else tuple(c for c in dict.fromkeys((*have, *inputs[number])) if c in later)
             )
             result = contract(result, operands[number], have, inputs[number], keep)
             have = keep
@@ -120,7 +126,7 @@ def flops(info: Info) -> float:
     return 2.0 * math.prod(info.size(f) for f in info.rule.sizes)
 
 
-@lru_cache(maxsize=None)
+@cache
 def letters_of(pattern: str) -> tuple[tuple[Dims, ...], Dims]:
     """Factors of an einsum pattern: words apart, or single letters as in torch.
 
@@ -138,7 +144,9 @@ def letters_of(pattern: str) -> tuple[tuple[Dims, ...], Dims]:
         if any(not re.fullmatch(r"[A-Za-z_]\w*", w) for w in words):
             raise ValueError(f"einsum pattern {pattern!r}: cannot read {side.strip()!r}")
         if len(set(words)) != len(words):
-            raise ValueError(f"einsum pattern {pattern!r}: a letter stands twice in {side.strip()!r}")
+            raise ValueError(
+                f"einsum pattern {pattern!r}: a letter stands twice in {side.strip()!r}"
+            )
         parsed.append(tuple((w,) for w in words))
     known = {f for dims in parsed[:-1] for f in dims}
     for factor in parsed[-1]:
@@ -150,14 +158,20 @@ def letters_of(pattern: str) -> tuple[tuple[Dims, ...], Dims]:
 def _einsum_rule(shapes: Sequence[Any], pattern: str) -> Rule:
     inputs, output = letters_of(pattern)
     if len(inputs) != len(shapes):
-        raise ValueError(f"einsum pattern {pattern!r} has {len(inputs)} operands, got {len(shapes)}")
+        raise ValueError(
+            f"einsum pattern {pattern!r} has {len(inputs)} operands, got {len(shapes)}"
+        )
     sizes: dict[str, int] = {}
     for number, (dims, shape) in enumerate(zip(inputs, shapes, strict=True)):
         if len(dims) != len(shape):
-            raise ValueError(f"einsum pattern {pattern!r}: operand {number} has {len(shape)} dims, not {len(dims)}")
+            raise ValueError(
+                f"einsum pattern {pattern!r}: operand {number} has {len(shape)} dims, not {len(dims)}"
+            )
         for (factor,), size in zip(dims, shape, strict=True):
             if sizes.setdefault(factor, size) != size:
-                raise ValueError(f"einsum pattern {pattern!r}: {factor!r} has sizes {sizes[factor]} and {size}")
+                raise ValueError(
+                    f"einsum pattern {pattern!r}: {factor!r} has sizes {sizes[factor]} and {size}"
+                )
     return Rule(inputs, (output,), sizes, linear=frozenset(range(len(shapes))))
 
 
@@ -254,7 +268,9 @@ def _matmul_rule(shapes: Sequence[Any], *_: Any) -> Rule:
     right = "k" if b == 1 else "... k n"
     result = " ".join(["...", *(["m"] if a > 1 else []), *(["n"] if b > 1 else [])])
     if a <= 2 and b <= 2:
-        left, right, result = (t.replace("... ", "").replace("...", "") for t in (left, right, result))
+        left, right, result = (
+            t.replace("... ", "").replace("...", "") for t in (left, right, result)
+        )
     if shapes[0][-1] != shapes[1][-2 if b > 1 else 0]:
         raise ValueError(
             f"sizes {shapes[0][-1]} and {shapes[1][-2 if b > 1 else 0]} of the contracted dim do not fit"
@@ -265,10 +281,17 @@ def _matmul_rule(shapes: Sequence[Any], *_: Any) -> Rule:
 
 
 _MATMUL = Op("matmul", _matmul_rule, lambda info: torch.matmul, flops=flops)
-_matmul_fast = binary(_MATMUL)
+_matmul_fast = binary(_MATMUL, lambda x, y: _MATMUL((x, y)))
 
 
-@export(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, methods=["matmul", "mm", "bmm", "mv", "dot"])
+@export(
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    torch.dot,
+    methods=["matmul", "mm", "bmm", "mv", "dot"],
+)
 def matmul(
     x: Any,
     y: Any,
@@ -289,7 +312,7 @@ def matmul(
     return _MATMUL((x, y), (), out, over)  # type: ignore[no-any-return]
 
 
-install("__matmul__", matmul)
+install("__matmul__", _matmul_fast)
 install("__rmatmul__", lambda x, y: matmul(y, x))
 
 

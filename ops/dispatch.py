@@ -106,7 +106,9 @@ class Op:
         self.differentiable = differentiable
         self.flops = flops
         self.cache: dict[Any, Prepared] = {}
-        self.fast: dict[Any, Prepared] = {}  # the same, under the short keys of unary and binary calls
+        # Those that convert nothing and give one result, under short keys: (types, grad) of
+        # unary and binary calls, (static, grad, types) of all others.
+        self.fast: dict[Any, Prepared] = {}
 
     def __call__(
         self,
@@ -116,6 +118,19 @@ class Op:
         over: Mapping[str, str] | None = None,
     ) -> Any:
         """Run the op. Operands are ShardedTensors, plain tensors (constants) or numbers."""
+        if out is None and over is None and not record.LOGS:
+            try:
+                short = (static, _grad_enabled(), *[x._type for x in operands])
+            except AttributeError:  # a number or a plain tensor among them
+                short = None
+            ready = self.fast.get(short)
+            if ready is not None:
+                fn, columns = ready.fn, [x._shards for x in operands]
+                if len(columns[0]) == 1:
+                    return ShardedTensor((fn(*[c[0] for c in columns]),), ready.plain)
+                return ShardedTensor(tuple([fn(*row) for row in zip(*columns)]), ready.plain)  # noqa: B905
+        else:
+            short = None
         if out is not None and isinstance(out, Tensor | ShardedTensor):
             raise TypeError(
                 f"{self.name}: out= names the result's layout here, a string; nothing is written in place"
@@ -141,8 +156,11 @@ class Op:
             prepared = self.prepare(operands, static, out, over)
             result = self.run(prepared, operands, static)
             self.cache[key] = prepared
-            return result
-        return self.run(prepared, operands, static)
+        else:
+            result = self.run(prepared, operands, static)
+        if short is not None and prepared.plain is not None and not CHEAPEST.get():
+            self.fast[short] = prepared
+        return result
 
     def prepare(
         self,
@@ -370,9 +388,7 @@ def _converted(operands: Sequence[Any], moves: tuple[Route, ...]) -> list[Any]:
     return result
 
 
-def wanted(
-    name: str, out: LayoutLike, layout: Layout, shape: Sequence[int], mesh: Mesh
-) -> Layout:
+def wanted(name: str, out: LayoutLike, layout: Layout, shape: Sequence[int], mesh: Mesh) -> Layout:
     """The layout that `out` asks of a result."""
     target = resolve(out, len(shape), layout, shape, mesh)
     target.check(shape, mesh, f"{name}: out")
@@ -396,12 +412,15 @@ def unary(op: Op) -> Callable[[ShardedTensor], ShardedTensor]:
     return call
 
 
-def binary(op: Op) -> Callable[[ShardedTensor, ShardedTensor], ShardedTensor]:
-    """A call with two ShardedTensors and no arguments, at the least overhead."""
+def binary(op: Op, general: Callable[..., Any]) -> Callable[..., Any]:
+    """A call with two ShardedTensors and no arguments, at the least overhead; else the general one."""
     fast = op.fast
 
-    def call(x: ShardedTensor, y: ShardedTensor) -> ShardedTensor:
-        key = (x._type, y._type, _grad_enabled())
+    def call(x: Any, y: Any) -> Any:
+        try:
+            key = (x._type, y._type, _grad_enabled())
+        except AttributeError:  # a number or a plain tensor
+            return general(x, y)
         prepared = fast.get(key)
         if prepared is None or record.LOGS:
             return _first(op, (x, y), key)

@@ -1,8 +1,9 @@
 """Largest and smallest entries, and where they are.
 
-Where an axis cuts a reduced dim, each device reduces its block and one small all_reduce (max or min) finishes. Values
-that need a gradient cost one more: `amax` shares its gradient between ties, so it counts them; `max` along a dim
-gives it to the entry that it picks, the first one, so it fetches that entry. The backward moves nothing.
+Where an axis cuts a reduced dim, each device reduces its block and one small all_reduce (max or
+min) finishes. Values that need a gradient cost one more: `amax` shares its gradient between ties,
+so it counts them; `max` along a dim gives it to the entry that it picks, the first one, so it
+fetches that entry. The backward moves nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from ..meshlib.transport import ReduceOp
+from . import pointwise
 from .dispatch import Info, Local, Op, export
 from .index import gather
 from .meet import dropped, extremum, first_index, settled
-from .pointwise import maximum, minimum
 from .reduce import Dims, normal_dims, reduction
 from .rules import Rule, sized
 
@@ -41,24 +42,24 @@ class Range(NamedTuple):
 
 
 class _Seen(torch.autograd.Function):
-    """Zero, with the derivative of x: how a gradient reaches an entry whose value is already known."""
+    """Zero, with the derivative of x: so a gradient reaches an entry whose value is known."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:  # noqa: D102
+    def forward(x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # noqa: D102
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.clone()
 
 
@@ -92,12 +93,12 @@ def _amax_local(info: Info) -> Local:
 
 
 def _amax_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    """The tie count, an all_reduce, also carries the gradient: its derivative is that of the tied entries."""
+    """The all_reduce of the tie count also carries the gradient: that of the tied entries."""
     (x,) = operands
     dims, keepdim, op = static
-    value = extremum(x, dims, op)
+    value: Any = extremum(x, dims, op)
     if x._type.grad and torch.is_grad_enabled():
-        ties = settled(_TIES((x, value), (dims,)))
+        ties: Any = settled(_TIES((x, value), (dims,)))
         count = ties.detach()
         value = value + (ties - count) / count
     return dropped(value, dims, keepdim)
@@ -130,8 +131,8 @@ def amax(
 ) -> ShardedTensor:
     """The largest entry along dims (all, if None); ties share the gradient.
 
-    Cost: where an axis cuts one of the dims, an all_reduce(max) of the result, and, if x needs a gradient, an all_reduce
-    of its tie count; backward none. The result is replicated there.
+    Cost: where an axis cuts one of the dims, an all_reduce(max) of the result, and, if x needs a
+    gradient, an all_reduce of its tie count; backward none. The result is replicated there.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.arange(6.0).reshape(2, 3), sw.make_mesh({"data": 2}), "b/data d")
@@ -187,7 +188,8 @@ def _arg_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
 
 
 _ARG = {
-    op: Op(f"arg{op}", _arg_rule, _arg_local, protocol=_arg_cut, differentiable=False) for op in ("max", "min")
+    op: Op(f"arg{op}", _arg_rule, _arg_local, protocol=_arg_cut, differentiable=False)
+    for op in ("max", "min")
 }
 
 
@@ -206,9 +208,10 @@ def argmax(
     out: LayoutLike | None = None,
     over: Over = None,
 ) -> ShardedTensor:
-    """The global index of the largest entry along a dim, or in the flattened tensor; the first of ties.
+    """The global index of the largest entry, the first of ties: along a dim, or flattened.
 
-    Cost: where an axis cuts what is searched, an all_reduce(max) of values and an all_reduce(min) of int64.
+    Cost: where an axis cuts what is searched, an all_reduce(max) of values and an all_reduce(min)
+    of int64.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.tensor([1.0, 4.0, 4.0, 2.0]), sw.make_mesh({"data": 2}), "n/data")
@@ -241,7 +244,9 @@ def _pair_local(info: Info) -> Local:
     return lambda x: tuple(function(x, dims[0], keepdim=keepdim))
 
 
-def _pair_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> tuple[ShardedTensor, ShardedTensor]:
+def _pair_cut(
+    operands: Sequence[Any], static: tuple[Any, ...]
+) -> tuple[ShardedTensor, ShardedTensor]:
     (x,) = operands
     dims, keepdim, op = static
     values = extremum(x, dims, op)
@@ -260,14 +265,14 @@ def _largest(
     if dim is None:
         return _reduced_by(op, x, None, keepdim, out, over)
     if not isinstance(dim, int):
-        return (maximum if op == "max" else minimum)(x, dim, out=out, over=over)
+        return getattr(pointwise, f"{op}imum")(x, dim, out=out, over=over)
     if x.ndim == 0:
         return Extreme(x, _ARG[op]((x,), ((), False, op)))
     return Extreme(*_PAIR[op]((x,), (normal_dims(dim, x.ndim), keepdim, op), out, over))
 
 
 @export(torch.max, methods=["max"])
-def max(  # noqa: A001
+def max(
     x: Any,
     dim: Any = None,
     keepdim: bool = False,
@@ -279,14 +284,14 @@ def max(  # noqa: A001
 
     Args:
         x: any layout.
-        dim: None for all entries (ties share the gradient, as in `amax`); a dim (the first of ties gets it); or
-            a second tensor.
+        dim: None for all entries (ties share the gradient, as in `amax`); a dim (the first of ties
+            gets it); or a second tensor.
         keepdim: keep the dim with size 1.
         out: layout of the values.
         over: mesh axis to factor, where the types leave a choice.
 
-    Cost: along a cut dim an all_reduce(max) and, for the index, an all_reduce(min); if x needs a gradient, one more
-    all_reduce that fetches the picked entries. Backward none.
+    Cost: along a cut dim an all_reduce(max) and, for the index, an all_reduce(min); if x needs a
+    gradient, one more all_reduce that fetches the picked entries. Backward none.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.tensor([[1.0, 5.0], [7.0, 2.0]]), sw.make_mesh({"data": 2}), "b/data d")
@@ -298,7 +303,7 @@ def max(  # noqa: A001
 
 
 @export(torch.min, methods=["min"])
-def min(  # noqa: A001
+def min(
     x: Any,
     dim: Any = None,
     keepdim: bool = False,

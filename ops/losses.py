@@ -1,8 +1,9 @@
 """Losses. A mean divides by the GLOBAL count, so value and gradient are those of one device.
 
-An elementwise loss is torch's own function without reduction, and one sum or mean: in any layout, and what is owed
-stays owed. The reduction never sees a local count: torch's DTensor, which does, gets gradients wrong by the number of
-devices. `cross_entropy` over cut classes exchanges statistics and never gathers logits.
+An elementwise loss is torch's own function without reduction, and one sum or mean: in any layout,
+and what is owed stays owed. The reduction never sees a local count: torch's DTensor, which does,
+gets gradients wrong by the number of devices. `cross_entropy` over cut classes exchanges statistics
+and never gathers logits.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from ..layouts.sharded import ShardedTensor
 from .broadcast import squeeze, unsqueeze
 from .dispatch import Info, Local, Op, export
 from .index import gather
-from .meet import settled
-from .normalize import leads, logsumexp, widened
-from .pointwise import clamp, eq, ne, sqrt, to, where
+from .meet import leads, settled, widened
+from .pointwise import clamp, to, where
 from .reduce import mean, sum
 from .rules import Dim, Dims, Rule, make, pointwise, sized
 from .shape import reshape
+from .softmax import logsumexp
 
 Over = Mapping[str, str] | None
 REDUCTIONS = ("none", "mean", "sum")
@@ -45,7 +46,7 @@ def check_reduction(name: str, reduction: str, *old: Any, more: tuple[str, ...] 
 
 
 def reduced(each: ShardedTensor, reduction: str, count: Any = None) -> ShardedTensor:
-    """The elements, their sum, or their mean: over the global number of elements, or over `count`."""
+    """The elements, their sum, or their mean: over their global number, or over `count`."""
     if reduction == "none":
         return each
     if reduction == "mean" and count is None:
@@ -67,12 +68,15 @@ def _gaussian(
 ) -> Tensor:
     """`F.gaussian_nll_loss` without its check of values, which a meta tensor has not."""
     spread = torch.as_tensor(var, dtype=input.dtype, device=input.device)
-    spread = spread + (spread.clamp(min=eps) - spread).detach()  # the clamp has no slope, as in torch
+    spread = (
+        spread + (spread.clamp(min=eps) - spread).detach()
+    )  # the clamp has no slope, as in torch
     loss = 0.5 * (torch.log(spread) + (input - target) ** 2 / spread)
     return loss + 0.5 * math.log(2 * math.pi) if full else loss
 
 
-# Elementwise losses: the function that is run, and whether a mean divides by the sum of the weights.
+# Elementwise losses: what is run, and whether a mean divides by the sum of the weights.
+# (torch 2.13 drops the weight of `F.l1_loss` before any class sees it; `ops.l1_loss` has it.)
 ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "mse_loss": (F.mse_loss, True),
     "l1_loss": (F.l1_loss, True),
@@ -119,13 +123,17 @@ def _define(name: str) -> Callable[..., ShardedTensor]:
         bound.apply_defaults()
         given = dict(bound.arguments)
         reduction = given.pop("reduction")
-        check_reduction(name, reduction, given.pop("size_average", None), given.pop("reduce", None), more=more)
+        check_reduction(
+            name, reduction, given.pop("size_average", None), given.pop("reduce", None), more=more
+        )
         tensors = {k: v for k, v in given.items() if k in TENSORS and v is not None}
         rest = {k: v for k, v in given.items() if k not in TENSORS}
         var = tensors.get("var")
         if isinstance(var, ShardedTensor | Tensor) and var.ndim == tensors["input"].ndim - 1:
             tensors["var"] = var.unsqueeze(-1)  # one variance per row
-        each = op(tuple(tensors.values()), (tuple(tensors), tuple(sorted(rest.items()))), None, over)
+        each = op(
+            tuple(tensors.values()), (tuple(tensors), tuple(sorted(rest.items()))), None, over
+        )
         count = None
         if by_weight and "weight" in tensors and reduction == "mean":
             weight = tensors["weight"]
@@ -135,9 +143,7 @@ def _define(name: str) -> Callable[..., ShardedTensor]:
         return _asked(reduced(each, reduction, count), out)
 
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = (
-        f"`torch.nn.functional.{name}`: torch's arguments, any layout; the mean is over the GLOBAL count."
-    )
+    call.__doc__ = f"`torch.nn.functional.{name}` in any layout; the mean is over the GLOBAL count."
     return export(theirs)(call)
 
 
@@ -147,7 +153,7 @@ for _name in ELEMENTWISE:
 
 @export(F.cosine_embedding_loss)
 def cosine_embedding_loss(
-    input1: ShardedTensor,
+    input1: Any,
     input2: Any,
     target: Any,
     margin: float = 0,
@@ -163,9 +169,12 @@ def cosine_embedding_loss(
     """
     check_reduction("cosine_embedding_loss", reduction, size_average, reduce)
     tiny = 1e-12  # torch's own
-    lengths = (settled(sum(input1 * input1, -1)) + tiny) * (settled(sum(input2 * input2, -1)) + tiny)
-    cosine = settled(sum(input1 * input2, -1)) / sqrt(lengths)
-    near, far = where(eq(target, 1), 1 - cosine, 0), where(eq(target, -1), clamp(cosine - margin, 0), 0)
+    first: Any = settled(sum(input1 * input1, -1))
+    second: Any = settled(sum(input2 * input2, -1))
+    product: Any = settled(sum(input1 * input2, -1))
+    cosine = product / ((first + tiny) * (second + tiny)).sqrt()
+    near: Any = where(target == 1, 1 - cosine, 0)
+    far: Any = where(target == -1, clamp(cosine - margin, 0), 0)
     return _asked(reduced(near + far, reduction), out)
 
 
@@ -180,7 +189,7 @@ def _operands(*tensors: Any) -> list[Any]:
 
 def _share(target: Any, weight: Any, ignore_index: int) -> tuple[Any, Any, Any]:
     """Which targets count, the class of each (0 where it does not), and its weight, or None."""
-    counts = ne(target, ignore_index)
+    counts = target != ignore_index
     classes = where(counts, target, 0)
     return counts, classes, None if weight is None else settled(weight[classes])
 
@@ -188,11 +197,11 @@ def _share(target: Any, weight: Any, ignore_index: int) -> tuple[Any, Any, Any]:
 def _count(counts: ShardedTensor, share: ShardedTensor | None) -> ShardedTensor:
     """What a mean divides by: the global weight of the targets that count."""
     if share is None:
-        return sum(to(counts, torch.int64))
+        return sum(counts)
     return settled(sum(where(counts, share, 0)))
 
 
-def _at(x: ShardedTensor, dim: int, classes: ShardedTensor) -> ShardedTensor:
+def _at(x: ShardedTensor, dim: int, classes: ShardedTensor) -> Any:
     """The entry of each target's class; a sum over the axes that cut the classes."""
     return squeeze(gather(x, dim, unsqueeze(classes, dim)), dim)
 
@@ -221,7 +230,8 @@ def nll_loss(
         reduction: "mean" is over the global weight of the targets that count.
         out: the result's layout.
 
-    Cost: nothing moves but the count (and the weights, where cut); over cut classes the result is a sum owed.
+    Cost: nothing moves but the count (and the weights, where cut); over cut classes the result is a
+    sum owed.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.tensor([[-1.0, -2.0]]), sw.make_mesh({"tensor": 2}), "b v/tensor")
@@ -230,7 +240,9 @@ def nll_loss(
     """
     check_reduction("nll_loss", reduction, size_average, reduce)
     input, target, weight = _operands(input, target, weight)
-    counts, classes, share = _share(target, None if weight is None else weight.detach(), ignore_index)
+    counts, classes, share = _share(
+        target, None if weight is None else weight.detach(), ignore_index
+    )
     each = -_at(input, 0 if input.ndim == 1 else 1, classes)
     each = where(counts, each if share is None else each * share, 0)
     count = _count(counts, share) if reduction == "mean" else None
@@ -239,7 +251,9 @@ def nll_loss(
 
 def _rule(shapes: Sequence[Any], ignore: int, smoothing: float) -> Rule:
     x, target = shapes[:2]
-    names: list[Dim] = [("v",)] if len(x) == 1 else [("n",), ("v",), *((f"d{i}",) for i in range(len(x) - 2))]
+    names: list[Dim] = (
+        [("v",)] if len(x) == 1 else [("n",), ("v",), *((f"d{i}",) for i in range(len(x) - 2))]
+    )
     kept: Dims = tuple(n for n in names if n != ("v",))
     whole = len(target) == len(x)
     if len(target) != len(x if whole else kept):
@@ -260,13 +274,15 @@ def _local(info: Info) -> Local:
 
 
 def _cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    """logsumexp, which has no collective in its backward, less one sum of what the classes' devices hold."""
+    """logsumexp, whose backward moves nothing, less one sum of what the classes' devices hold."""
     x, target, *rest = operands
     ignore, smoothing = static
     dtype, dim = x.dtype, 0 if x.ndim == 1 else 1
     x, width = widened(x), x.shape[dim]
     weight = rest[0] if rest else None
-    along = None if weight is None else reshape(weight, [-1 if d == dim else 1 for d in range(x.ndim)])
+    along = (
+        None if weight is None else reshape(weight, [-1 if d == dim else 1 for d in range(x.ndim)])
+    )
     total = logsumexp(x, dim)
     if target.ndim == x.ndim:
         shares = target * (1 - smoothing) + smoothing / width if smoothing else target
@@ -303,7 +319,7 @@ def cross_entropy(
     out: LayoutLike | None = None,
     over: Over = None,
 ) -> ShardedTensor:
-    """Cross-entropy of logits; classes, in dim 1 or in dim 0 of one, may be cut, and logits are never gathered.
+    """Cross-entropy of logits, which are never gathered: classes may be cut.
 
     Args:
         input: logits [batch, classes, ...] or [classes].
@@ -317,11 +333,12 @@ def cross_entropy(
         out: the result's layout.
         over: mesh axis to factor, where the types leave a choice.
 
-    Cost over cut classes: an all_reduce(max) and two all_reduces of the targets' shape (three for probabilities);
-    backward none.
+    Cost over cut classes: an all_reduce(max) and two all_reduces of the targets' shape (three for
+    probabilities); backward none.
 
     Raises:
-        LayoutError: kind "choice": weights or probabilities cut over classes where the logits are not.
+        LayoutError: kind "choice": weights or probabilities cut over classes where the logits are
+            not.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})
@@ -340,8 +357,11 @@ def cross_entropy(
     each = _CROSS[able](operands, (ignore_index, label_smoothing), None, over)
     count = None
     if reduction == "mean" and is_class:
-        counts, _, share = _share(target, weight, ignore_index)
-        count = _count(counts, share)
+        if weight is None:
+            count = _count(target != ignore_index, None)
+        else:
+            counts, _, share = _share(target, weight, ignore_index)
+            count = _count(counts, share)
     elif reduction == "mean":
         count = math.prod(input.shape) // input.shape[dim]
     return _asked(reduced(each, reduction, count), out)

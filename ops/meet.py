@@ -1,8 +1,9 @@
 """One entry per block: how a reduction that is no sum meets over the axes that cut a dim.
 
-A dim cut into n blocks is "(p i)", p the block and i the place in it. Each device reduces its block, which makes a
-tensor with n entries along the dim, cut by the same axes: a legal, differentiable value. `meet` then finds the largest or
-smallest of those n by one all_reduce; other ops gather them.
+A dim cut into n blocks is "(p i)", p the block and i the place in it. Each device reduces its
+block, which makes a tensor with n entries along the dim, cut by the same axes: a legal,
+differentiable value. `meet` then finds the largest or smallest of those n by one all_reduce; other
+ops gather them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from ..meshlib import record
 from ..meshlib.mesh import Mesh
 from ..meshlib.transport import Axes, ReduceOp
 from .dispatch import Info, Local, Op
-from .rules import Rule, letters
-from .shape import reshape
+from .pointwise import to
+from .rules import Rule, letters, sized
+from .shape import one_dim, reshape
 
 _functorch = torch._C._are_functorch_transforms_active
 
@@ -30,25 +32,25 @@ class _Meet(torch.autograd.Function):
     """An all_reduce of max or min: without derivative, and the same for each entry of a vmap."""
 
     @staticmethod
-    def forward(mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> tuple[Tensor, ...]:
         if record.LOGS:
             record.collective("all_reduce", mesh, axes, shards[0], record.context(), op)
         return tuple(mesh.comm.all_reduce(shards, axes, op))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return (None,) * (3 + len(grads))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: D102
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         return (None,) * (len(tangents) - 3)
 
     @staticmethod
-    def vmap(info: Any, dims: Any, mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> Any:  # noqa: D102
+    def vmap(info: Any, dims: Any, mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> Any:
         front = [
             s.unsqueeze(0).expand(info.batch_size, *s.shape) if d is None else s.movedim(d, 0)
             for s, d in zip(shards, dims[3:], strict=True)
@@ -56,7 +58,9 @@ class _Meet(torch.autograd.Function):
         return _meet_shards(mesh, axes, op, front), (0,) * len(shards)
 
 
-def _meet_shards(mesh: Mesh, axes: Axes, op: ReduceOp, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _meet_shards(
+    mesh: Mesh, axes: Axes, op: ReduceOp, shards: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """The largest or smallest of each entry over the devices of the axes."""
     if _functorch():
         return _Meet.apply(mesh, axes, op, *shards)  # type: ignore[no-any-return]
@@ -74,7 +78,7 @@ def meet(blocks: ShardedTensor, dims: Sequence[int], op: ReduceOp) -> ShardedTen
     Returns:
         Replicated over the axes that cut those dims.
 
-    Cost: one joint all_reduce of the local tensor.
+    Cost: one joint all_reduce of the local tensor. Gloo and NCCL may pass over a nan elsewhere.
     """
     old, mesh = blocks.layout, blocks.mesh
     cut = {a for d in dims for a in old.dims[d]}
@@ -102,7 +106,7 @@ BLOCK: dict[str, Callable[..., Tensor]] = {
 def block_rule(
     shapes: Sequence[Any], dims: tuple[int, ...], counts: tuple[int, ...], linear: bool = False
 ) -> Rule:
-    """The first operand's dims of n blocks each become n entries; others have those n entries or size 1."""
+    """Dims of n blocks become n entries; further operands have those n entries, or size 1."""
     sizes: dict[str, int] = {}
     ins: list[tuple[str, ...]] = []
     outs: list[tuple[str, ...]] = []
@@ -117,7 +121,9 @@ def block_rule(
             ins.append((name,))
             outs.append((name,))
     others = tuple(
-        tuple(() if n == 1 and sizes[dim[0]] != 1 else dim for n, dim in zip(shape, outs, strict=True))
+        tuple(
+            () if n == 1 and sizes[dim[0]] != 1 else dim for n, dim in zip(shape, outs, strict=True)
+        )
         for shape in shapes[1:]
     )
     return Rule(
@@ -164,13 +170,6 @@ def dropped(x: ShardedTensor, dims: tuple[int, ...], keepdim: bool) -> ShardedTe
     return reshape(x, [n for d, n in enumerate(x.shape) if d not in dims])
 
 
-def extreme_value(
-    x: ShardedTensor, dims: tuple[int, ...], keepdim: bool, op: ReduceOp
-) -> ShardedTensor:
-    """As `extremum`, which keeps the dims, with a choice."""
-    return dropped(extremum(x, dims, op), dims, keepdim)
-
-
 def settled(x: ShardedTensor) -> ShardedTensor:
     """Every owed sum taken: one joint all_reduce to replicated."""
     owed = tuple(a for a in x.mesh.axes if a in x.layout.unreduced)
@@ -194,13 +193,16 @@ def _first_local(info: Info) -> Local:
             for d, n, size, offset in zip(dims, total, here, offsets, strict=True):
                 steps = torch.arange(offset, offset + size, device=x.device)
                 place = place * n + steps.reshape(-1, *(1,) * (x.ndim - 1 - d))
-            hit = (x == largest) | (x != x)  # with a nan anywhere, the extreme is nan and nan is found
+            hit = (x == largest) | (
+                x != x
+            )  # with a nan anywhere, the extreme is nan and nan is found
             return torch.where(hit, place, end).amin(dims, keepdim=True)
 
         return first
 
     starts = [
-        [p * size for p in info.mesh.positions(info.axes(f"p{d}"))] for d, size in zip(dims, here, strict=True)
+        [p * size for p in info.mesh.positions(info.axes(f"p{d}"))]
+        for d, size in zip(dims, here, strict=True)
     ]
     return [at(offsets) for offsets in zip(*starts, strict=True)]
 
@@ -209,8 +211,43 @@ _FIRST = Op("argmax", block_rule, _first_local, differentiable=False)
 
 
 def first_index(x: ShardedTensor, extreme: ShardedTensor, dims: tuple[int, ...]) -> ShardedTensor:
-    """The first global index, row-major over `dims`, where x equals its extreme; dims stay with size 1.
+    """The first global index, row-major over `dims`, where x equals its extreme.
 
     Cost: one all_reduce(min) of int64 where an axis cuts one of the dims.
     """
     return meet(_FIRST((x.detach(), extreme), (dims, parts(x, dims))), dims, "min")
+
+
+def widened(x: ShardedTensor) -> ShardedTensor:
+    """In float32 if it is narrower: statistics are taken there, as torch's kernels do."""
+    return to(x, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def leads(x: Any, dims: Sequence[int], others: Sequence[tuple[Any, Sequence[int]]]) -> bool:
+    """Whether no other operand is cut along x's `dims` by an axis that does not cut x there."""
+    for k, d in enumerate(dims):
+        mine = x.layout.dims[d]
+        for other, theirs in others:
+            if set(other.layout.dims[theirs[k]]) - set(mine):
+                return False
+    return True
+
+
+def along(shapes: Any, dim: int, *_: Any, results: int = 1, linear: bool = False) -> Rule:
+    """A dim that is needed whole and kept."""
+    names = letters(len(shapes[0]))
+    dims = tuple((n,) for n in names)
+    return sized(
+        Rule(
+            (dims,),
+            (dims,) * results,
+            blocked=frozenset(names[dim : dim + 1]),
+            linear=frozenset((0,)) if linear else frozenset(),
+        ),
+        shapes,
+    )
+
+
+def one_of(dim: int, x: ShardedTensor) -> int:
+    """One dim as a non-negative number."""
+    return one_dim(dim, x.ndim) if x.ndim else 0

@@ -43,7 +43,11 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the op, then count it."""
         out = func(*args, **(kwargs or {}))

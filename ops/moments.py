@@ -1,4 +1,4 @@
-"""Variance, standard deviation and norms: an uncut dim runs torch's own function, a cut one exchanges statistics.
+"""Variance, standard deviation, norms of entries: over a cut dim statistics are exchanged.
 
     over a cut dim       forward                               backward
     var, std             all_reduce of mean and of variance    all_reduce of the mean's gradient
@@ -24,8 +24,7 @@ from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
 from .extreme import amax, amin
 from .meet import settled
-from .pointwise import abs as absolute
-from .pointwise import ne, sqrt, to, where
+from .pointwise import to, where
 from .reduce import Dims, mean, normal_dims, reduction, sum
 from .rules import Rule, sized
 
@@ -50,14 +49,14 @@ def _spread(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
     dims, keepdim, correction = static
     count = math.prod(x.shape[d] for d in dims)
     centred = x - settled(mean(x, dims, True))
-    squares = sum(centred * centred, dims, keepdim)
-    return settled(squares) / max(count - correction, 0)  # type: ignore[no-any-return]
+    squares: Any = settled(sum(centred * centred, dims, keepdim))
+    return squares / max(count - correction, 0)  # type: ignore[no-any-return]
 
 
-def _root(x: ShardedTensor, power: float = 2) -> ShardedTensor:
+def _root(x: Any, power: float = 2) -> ShardedTensor:
     """x to the 1/power; where it has no slope, at 0, the gradient is 0, as in torch's norms."""
-    inside = where(ne(x, 0), x, 1)
-    return where(ne(x, 0), sqrt(inside) if power == 2 else inside ** (1 / power), 0)
+    inside: Any = where(x != 0, x, 1)
+    return where(x != 0, inside.sqrt() if power == 2 else inside ** (1 / power), 0)
 
 
 _VAR = Op("var", _rule, _local(torch.var), protocol=_spread)
@@ -65,7 +64,14 @@ _STD = Op("std", _rule, _local(torch.std), protocol=lambda xs, static: _root(_sp
 
 
 def _moment(
-    op: Op, x: ShardedTensor, dim: Any, unbiased: Any, keepdim: bool, correction: Any, out: Any, over: Over
+    op: Op,
+    x: ShardedTensor,
+    dim: Any,
+    unbiased: Any,
+    keepdim: bool,
+    correction: Any,
+    out: Any,
+    over: Over,
 ) -> ShardedTensor:
     if isinstance(dim, bool):  # x.var(False)
         dim, unbiased = None, dim
@@ -120,7 +126,8 @@ def std(
     """The root of the variance; as `var`.
 
     >>> import torch, shardwise as sw
-    >>> sw.shard(torch.tensor([1.0, 5.0]), sw.make_mesh({"data": 2}), "n/data").std(correction=0).item()
+    >>> x = sw.shard(torch.tensor([1.0, 5.0]), sw.make_mesh({"data": 2}), "n/data")
+    >>> x.std(correction=0).item()
     2.0
     """
     return _moment(_STD, x, dim, unbiased, keepdim, correction, out, over)
@@ -162,7 +169,7 @@ def _norm_local(info: Info) -> Local:
 def _norm_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
     (x,) = operands
     dims, keepdim, p = static
-    powers = x * x if p == 2 and not x.dtype.is_complex else absolute(x) ** p
+    powers = x * x if p == 2 and not x.dtype.is_complex else x.abs() ** p
     return _root(settled(sum(powers, dims, keepdim)), p)
 
 
@@ -171,8 +178,8 @@ _NORM = Op("vector_norm", _rule, _norm_local, protocol=_norm_cut)
 
 @export(torch.linalg.vector_norm)
 def vector_norm(
-    x: ShardedTensor,
-    ord: float = 2,  # noqa: A002
+    x: Any,
+    ord: float = 2,
     dim: Dims = None,
     keepdim: bool = False,
     *,
@@ -182,7 +189,8 @@ def vector_norm(
 ) -> ShardedTensor:
     """The p-norm over dims (all, if None): p is 0, any number, or infinity either way.
 
-    Cost: over a cut dim one all_reduce of the result (none for p = 0 and 1, whose sum stays owed); backward none.
+    Cost: over a cut dim one all_reduce of the result (none for p = 0 and 1, whose sum stays owed);
+    backward none.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.tensor([3.0, 4.0]), sw.make_mesh({"data": 2}), "n/data")
@@ -190,12 +198,13 @@ def vector_norm(
     5.0
     """
     x = x if dtype is None else to(x, dtype)
-    if ord in (math.inf, -math.inf):
-        return (amax if ord > 0 else amin)(absolute(x), dim, keepdim, out=out, over=over)
     if ord == 0:
-        return sum(to(ne(x, 0), x.dtype), dim, keepdim, out=out, over=over)
+        return sum(to(x != 0, x.dtype), dim, keepdim, out=out, over=over)
+    size = x.abs()
+    if ord in (math.inf, -math.inf):
+        return (amax if ord > 0 else amin)(size, dim, keepdim, out=out, over=over)
     if ord == 1:
-        return sum(absolute(x), dim, keepdim, out=out, over=over)
+        return sum(size, dim, keepdim, out=out, over=over)
     return _NORM((x,), (normal_dims(dim, x.ndim), keepdim, ord), out, over)  # type: ignore[no-any-return]
 
 
@@ -223,14 +232,18 @@ def norm(
 @export(torch.linalg.norm)
 def _linalg_norm(
     x: ShardedTensor,
-    ord: Any = None,  # noqa: A002
+    ord: Any = None,
     dim: Dims = None,
     keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
 ) -> ShardedTensor:
     """`torch.linalg.norm` where it is a norm of entries."""
-    is_vector = isinstance(dim, int) or (dim is not None and len(dim) == 1) or (dim is None and x.ndim == 1)
+    is_vector = (
+        isinstance(dim, int) or (dim is not None and len(dim) == 1) or (dim is None and x.ndim == 1)
+    )
     if ord not in (None, "fro") and not is_vector:
-        raise ValueError("linalg.norm: norms of matrices have no rule; for entries use linalg.vector_norm")
+        raise ValueError(
+            "linalg.norm: norms of matrices have no rule; for entries use linalg.vector_norm"
+        )
     return vector_norm(x, 2 if ord in (None, "fro") else ord, dim, keepdim, dtype=dtype)

@@ -1,202 +1,36 @@
-"""Softmax and the norms: an uncut dim runs torch's own kernel; a cut one exchanges statistics only.
+"""The norms of layers: an uncut dim runs torch's own kernel; a cut one exchanges statistics only.
 
-    over a cut dim           forward                                backward
-    softmax, log_softmax     all_reduce(max), all_reduce            all_reduce
-    logsumexp                all_reduce(max), all_reduce            none
-    rms_norm                 all_reduce                             all_reduce
-    layer_norm               all_reduce of mean, of variance        the same two
+    over a cut dim     forward                              backward
+    rms_norm           all_reduce                           all_reduce
+    layer_norm         all_reduce of mean, of variance      the same two
 
-each of the tensor's size without that dim. The protocols are other ops put together, so their gradients follow.
-A weight is cut as x is; a weight that is cut where x is not is a choice: slice x, or gather the weight.
+each of the tensor's size without that dim. A weight is cut as x is; a weight that is cut where x is
+not is a choice: slice x, or gather the weight.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..layouts.layout import LayoutLike
-from ..layouts.sharded import ShardedTensor
+from ..layouts.place import constant
+from ..layouts.sharded import ShardedTensor, Type
 from .dispatch import Info, Local, Op, export
-from .meet import dropped, extremum, settled
+from .meet import leads, settled, widened
 from .moments import vector_norm
-from .pointwise import clamp, exp, log, mul, neg, rsqrt, to, where
-from .reduce import Dims, mean, normal_dims, reduction, sum
+from .pointwise import clamp, to
+from .reduce import Dims, mean, normal_dims, sum
 from .rules import Rule, letters, sized
 from .shape import reshape
 
 Over = Mapping[str, str] | None
 Ints = tuple[int, ...]
-
-
-def _along(shapes: Any, dim: int, *_: Any) -> Rule:
-    names = letters(len(shapes[0]))
-    dims = tuple((n,) for n in names)
-    at = normal_dims(dim, len(names))
-    return sized(Rule((dims,), (dims,), blocked=frozenset(names[d] for d in at)), shapes)
-
-
-def _kernel(function: Callable[..., Any]) -> Callable[[Info], Local]:
-    def local(info: Info) -> Local:
-        dim, dtype = info.static
-        return lambda x: function(x, dim, dtype=dtype)
-
-    return local
-
-
-def widened(x: ShardedTensor) -> ShardedTensor:
-    """In float32 if it is narrower: statistics are taken there, as torch's kernels do."""
-    return to(x, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _softmax_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x,) = operands
-    dim, dtype = static
-    dims = normal_dims(dim, x.ndim)
-    wide = widened(x if dtype is None else to(x, dtype))
-    e = exp(wide - extremum(wide, dims, "max"))
-    return to(e / settled(sum(e, dims, True)), dtype or x.dtype)
-
-
-def _log_softmax_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x,) = operands
-    dim, dtype = static
-    dims = normal_dims(dim, x.ndim)
-    wide = widened(x if dtype is None else to(x, dtype))
-    low = wide - extremum(wide, dims, "max")
-    return to(low - log(settled(sum(exp(low), dims, True))), dtype or x.dtype)
-
-
-_SOFTMAX = Op("softmax", _along, _kernel(torch.softmax), protocol=_softmax_cut)
-_LOG_SOFTMAX = Op("log_softmax", _along, _kernel(torch.log_softmax), protocol=_log_softmax_cut)
-
-
-def _softmax(
-    op: Op, x: ShardedTensor, dim: int | None, dtype: Any, out: LayoutLike | None, over: Over
-) -> ShardedTensor:
-    if dim is None:
-        raise TypeError(f"{op.name}: say which dim; torch's guess is deprecated")
-    return op((x,), (normal_dims(dim, x.ndim)[0] if x.ndim else dim, dtype), out, over)  # type: ignore[no-any-return]
-
-
-@export(torch.softmax, torch.special.softmax, methods=["softmax"])
-def softmax(
-    x: ShardedTensor,
-    dim: int,
-    dtype: torch.dtype | None = None,
-    *,
-    out: LayoutLike | None = None,
-    over: Over = None,
-) -> ShardedTensor:
-    """exp(x) over its sum along a dim, which may be cut.
-
-    Cost along a cut dim: an all_reduce(max) and an all_reduce of x without that dim; one backward.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.shard(torch.zeros(2, 4), sw.make_mesh({"tensor": 2}), "b n/tensor")
-    >>> torch.softmax(x, -1)
-    f32[2 4/tensor] local[2 2] on mesh(tensor=2)
-    >>> torch.softmax(x, -1).full_tensor()[0]
-    tensor([0.2500, 0.2500, 0.2500, 0.2500])
-    """
-    return _softmax(_SOFTMAX, x, dim, dtype, out, over)
-
-
-@export(torch.log_softmax, torch.special.log_softmax, methods=["log_softmax"])
-def log_softmax(
-    x: ShardedTensor,
-    dim: int,
-    dtype: torch.dtype | None = None,
-    *,
-    out: LayoutLike | None = None,
-    over: Over = None,
-) -> ShardedTensor:
-    """Logarithm of the softmax along a dim, which may be cut. Cost as `softmax`.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.shard(torch.zeros(2, 4), sw.make_mesh({"tensor": 2}), "b n/tensor")
-    >>> torch.log_softmax(x, -1).full_tensor()[0]
-    tensor([-1.3863, -1.3863, -1.3863, -1.3863])
-    """
-    return _softmax(_LOG_SOFTMAX, x, dim, dtype, out, over)
-
-
-# torch.nn.functional has a third positional argument, for its own warnings.
-export(F.softmax)(lambda x, dim=None, _stacklevel=3, dtype=None, **kw: softmax(x, dim, dtype, **kw))
-export(F.log_softmax)(
-    lambda x, dim=None, _stacklevel=3, dtype=None, **kw: log_softmax(x, dim, dtype, **kw)
-)
-
-
-@export(F.softmin)
-def softmin(
-    x: ShardedTensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-    *,
-    out: LayoutLike | None = None,
-    over: Over = None,
-) -> ShardedTensor:
-    """Softmax of -x."""
-    return _softmax(_SOFTMAX, neg(x), dim, dtype, out, over)
-
-
-def _lse_rule(shapes: Any, dims: Ints, keepdim: bool) -> Rule:
-    return sized(reduction(dims, keepdim, len(shapes[0]), reduced="logsumexp"), shapes)
-
-
-def _lse_local(info: Info) -> Local:
-    dims, keepdim = info.static
-    return lambda x: torch.logsumexp(x, dims or 0, keepdim=keepdim)
-
-
-def _lse_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-    (x,) = operands
-    dims, keepdim = static
-    wide = widened(x)
-    top = extremum(wide, dims, "max")
-    top = where(top.isinf(), 0, top)  # a row of -inf stays -inf, without inf - inf
-    result = log(settled(sum(exp(wide - top), dims, True))) + top
-    return to(dropped(result, dims, keepdim), x.dtype)
-
-
-_LOGSUMEXP = Op("logsumexp", _lse_rule, _lse_local, protocol=_lse_cut)
-
-
-@export(torch.logsumexp, torch.special.logsumexp, methods=["logsumexp"])
-def logsumexp(
-    x: ShardedTensor,
-    dim: Dims,
-    keepdim: bool = False,
-    *,
-    out: LayoutLike | None = None,
-    over: Over = None,
-) -> ShardedTensor:
-    """log(sum(exp(x))) over dims, which may be cut; robust against overflow.
-
-    Cost over a cut dim: an all_reduce(max) and an all_reduce of the result; backward none.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.shard(torch.full((4,), 1000.0), sw.make_mesh({"tensor": 2}), "n/tensor")
-    >>> x.logsumexp(0).full_tensor()
-    tensor(1001.3863)
-    """
-    return _LOGSUMEXP((x,), (normal_dims(dim, x.ndim), keepdim), out, over)  # type: ignore[no-any-return]
-
-
-def leads(x: Any, dims: Sequence[int], others: Sequence[tuple[Any, Sequence[int]]]) -> bool:
-    """Whether a protocol over x's `dims` may run: no other operand is cut along them where x is not."""
-    for k, d in enumerate(dims):
-        mine = x.layout.dims[d]
-        for other, theirs in others:
-            if isinstance(other, ShardedTensor) and set(other.layout.dims[theirs[k]]) - set(mine):
-                return False
-    return True
 
 
 def _norm_rule(shapes: Any, width: int, eps: Any, has_bias: bool) -> Rule:
@@ -230,10 +64,10 @@ def _rms_local(info: Info) -> Local:
 def _rms_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
     x, *weight = operands
     width, eps, _ = static
-    wide = widened(x)
+    wide: Any = widened(x)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    square = settled(mean(wide * wide, _last(x, width), True))
-    y = to(wide * rsqrt(square + eps), x.dtype)
+    square: Any = settled(mean(wide * wide, _last(x, width), True))
+    y: Any = to(wide * (square + eps).rsqrt(), x.dtype)
     return y * weight[0] if weight else y
 
 
@@ -250,17 +84,20 @@ def _layer_local(info: Info) -> Local:
 def _layer_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
     x, *rest = operands
     width, eps, has_bias = static
-    dims, wide = _last(x, width), widened(x)
+    dims, wide = _last(x, width), cast(Any, widened(x))
     centred = wide - settled(mean(wide, dims, True))
-    variance = settled(mean(centred * centred, dims, True))
-    y = to(centred * rsqrt(variance + eps), x.dtype)
+    variance: Any = settled(mean(centred * centred, dims, True))
+    y: Any = to(centred * (variance + eps).rsqrt(), x.dtype)
     bias = rest.pop() if has_bias else None
-    y = mul(y, rest[0]) if rest else y
+    y = y * rest[0] if rest else y
     return y if bias is None else y + bias
 
 
 # With the protocol, and without: an uncut x beside a cut weight is a choice.
-_RMS = (Op("rms_norm", _norm_rule, _rms_local), Op("rms_norm", _norm_rule, _rms_local, protocol=_rms_cut))
+_RMS = (
+    Op("rms_norm", _norm_rule, _rms_local),
+    Op("rms_norm", _norm_rule, _rms_local, protocol=_rms_cut),
+)
 _LAYER = (
     Op("layer_norm", _norm_rule, _layer_local),
     Op("layer_norm", _norm_rule, _layer_local, protocol=_layer_cut),
@@ -276,16 +113,23 @@ def _normed(
     out: LayoutLike | None,
     over: Over,
 ) -> ShardedTensor:
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    given = [constant(t, x) if isinstance(t, Tensor) else t for t in rest if t is not None]
+    kinds = tuple([t._type for t in given])
+    able = _checked(ops[0].name, x._type, tuple(shape), kinds)
+    return ops[able]((x, *given), (len(shape), *static), out, over)  # type: ignore[no-any-return]
+
+
+@cache
+def _checked(name: str, x: Type, shape: Ints, kinds: tuple[Type, ...]) -> bool:
+    """Whether the protocol may run; raises for sizes that do not fit."""
     width = len(shape)
     if not width or tuple(x.shape[-width:]) != shape:
-        raise ValueError(f"{ops[0].name}: normalized_shape {shape} is not the end of {tuple(x.shape)}")
-    given = [t for t in rest if t is not None]
-    for t in given:
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{ops[0].name}: a weight of shape {tuple(t.shape)} beside {shape}")
-    able = leads(x, _last(x, width), [(t, range(width)) for t in given])
-    return ops[able]((x, *given), (width, *static), out, over)  # type: ignore[no-any-return]
+        raise ValueError(f"{name}: normalized_shape {shape} is not the end of {tuple(x.shape)}")
+    for kind in kinds:
+        if tuple(kind.shape) != shape:
+            raise ValueError(f"{name}: a weight of shape {tuple(kind.shape)} beside {shape}")
+    dims = range(len(x.shape) - width, len(x.shape))
+    return leads(x, dims, [(kind, range(width)) for kind in kinds])
 
 
 @export(F.rms_norm, torch.rms_norm)
@@ -345,8 +189,8 @@ def layer_norm(
         out: the result's layout.
         over: mesh axis to factor, where the types leave a choice.
 
-    Cost over a cut dim: two all_reduces of one number per row, forward and backward; the variance is taken of centred
-    values, so large means lose no digits.
+    Cost over a cut dim: two all_reduces of one number per row, forward and backward; the variance
+    is taken of centred values, so large means lose no digits.
 
     Raises:
         LayoutError: kind "choice": a weight cut where x is not.
@@ -411,7 +255,7 @@ def group_norm(
 
 @export(F.batch_norm)
 def batch_norm(
-    x: ShardedTensor,
+    x: Any,
     running_mean: Any,
     running_var: Any,
     weight: Any = None,
@@ -420,13 +264,16 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> ShardedTensor:
-    """Each channel of [batch, channels, ...] normalised by its statistics over the GLOBAL batch, or running ones.
+    """Each channel of [batch, channels, ...] by statistics of the GLOBAL batch, or running ones.
 
-    Cost while training: two all_reduces of [channels] where batch or space is cut. Running statistics are not written:
-    values are immutable, so pass None for them while training and keep your own.
+    Cost while training: two all_reduces of [channels] where batch or space is cut. Running
+    statistics are not written: values are immutable, so pass None for them while training and keep
+    your own.
     """
     if training and (running_mean is not None or running_var is not None):
-        raise TypeError("batch_norm: nothing is written in place; pass None for the running statistics")
+        raise TypeError(
+            "batch_norm: nothing is written in place; pass None for the running statistics"
+        )
     row = (1, -1, *(1,) * (x.ndim - 2))
 
     def beside(t: Any) -> Any:
@@ -435,16 +282,16 @@ def batch_norm(
     if training:
         dims = tuple(d for d in range(x.ndim) if d != 1)
         centred = x - settled(mean(x, dims, True))
-        spread = settled(mean(centred * centred, dims, True))
+        spread: Any = settled(mean(centred * centred, dims, True))
     else:
         centred, spread = x - beside(running_mean), beside(running_var)
-    y = centred * torch.rsqrt(spread + eps)
+    y = centred * (spread + eps).rsqrt()
     y = y if weight is None else y * beside(weight)
     return y if bias is None else y + beside(bias)
 
 
 @export(F.normalize)
-def normalize(x: ShardedTensor, p: float = 2.0, dim: Dims = 1, eps: float = 1e-12) -> ShardedTensor:
+def normalize(x: Any, p: float = 2.0, dim: Dims = 1, eps: float = 1e-12) -> ShardedTensor:
     """x over its p-norm along a dim, which may be cut; the norm counts as `eps` where it is less.
 
     Cost along a cut dim: an all_reduce of the norms, forward and backward.
@@ -461,7 +308,8 @@ def normalize(x: ShardedTensor, p: float = 2.0, dim: Dims = 1, eps: float = 1e-1
 def cosine_similarity(x: Any, y: Any, dim: int = 1, eps: float = 1e-8) -> ShardedTensor:
     """The cosine of the angle between x and y along a dim, which may be cut.
 
-    Cost along a cut dim: an all_reduce of each norm, forward and backward; the result is a sum still owed.
+    Cost along a cut dim: an all_reduce of each norm, forward and backward; the result is a sum
+    still owed.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.tensor([[3.0, 4.0]]), sw.make_mesh({"tensor": 2}), "b d/tensor")

@@ -1,17 +1,14 @@
-"""Ops along an ordered dim: running sums and the like, sort, topk, kthvalue, median.
+"""Sorting along a dim: sort, argsort, msort, topk, kthvalue, median.
 
-    over a cut dim                    what moves
-    cumsum, cumprod, logcumsumexp     all_gather of one total per block
-    sort, argsort, msort              all_to_all to another dim that divides, and back; else all_gather
-    topk                              all_gather of each block's candidates
-    kthvalue, median                  a choice
+over a cut dim            what moves
+sort, argsort, msort      all_to_all to another dim that divides, and back; else all_gather
+topk                      all_gather of each block's candidates
+kthvalue, median          a choice
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +19,9 @@ from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
 from .index import gather
-from .meet import block_rule, blockwise, parts
-from .pointwise import to
-from .reduce import normal_dims, reduction
-from .rules import Rule, letters, sized
+from .meet import along, block_rule, one_of, parts
+from .reduce import reduction
+from .rules import Rule, sized
 from .shape import reshape
 
 Over = Mapping[str, str] | None
@@ -36,164 +32,6 @@ class Sorted(NamedTuple):
 
     values: ShardedTensor
     indices: ShardedTensor
-
-
-def _along(shapes: Any, dim: int, *_: Any, results: int = 1, linear: bool = False) -> Rule:
-    names = letters(len(shapes[0]))
-    dims = tuple((n,) for n in names)
-    return sized(
-        Rule(
-            (dims,),
-            (dims,) * results,
-            blocked=frozenset(names[dim : dim + 1]),
-            linear=frozenset((0,)) if linear else frozenset(),
-        ),
-        shapes,
-    )
-
-
-def _one(dim: int, x: ShardedTensor) -> int:
-    (found,) = normal_dims(dim, x.ndim) or (0,)
-    return found
-
-
-# Running totals: the function, how a block is totalled, the total of nothing, how two are joined.
-
-
-@dataclass(frozen=True)
-class _Scan:
-    function: Callable[..., Tensor]
-    total: str
-    start: float
-    join: Callable[[Tensor, Tensor], Tensor]
-
-
-SCANS = {
-    "cumsum": _Scan(torch.cumsum, "sum", 0, torch.add),
-    "cumprod": _Scan(torch.cumprod, "prod", 1, torch.mul),
-    "logcumsumexp": _Scan(torch.logcumsumexp, "logsumexp", -math.inf, torch.logaddexp),
-}
-
-
-def _joined_rule(shapes: Any, dim: int, n: int, linear: bool) -> Rule:
-    """Each block of a dim "(p i)" with the one number of its own beside it."""
-    base = block_rule(shapes, (dim,), (n,))
-    return Rule(base.inputs, (base.inputs[0],), base.sizes, base.blocked, joint=linear)
-
-
-def _define_scan(name: str) -> Op:
-    scan = SCANS[name]
-    linear = name == "cumsum"
-
-    def before(info: Info) -> Local:
-        dim = info.static[0]
-
-        def exclusive(totals: Tensor) -> Tensor:
-            first = torch.full_like(totals.narrow(dim, 0, 1), scan.start)
-            ahead = torch.cat((first, totals.narrow(dim, 0, totals.shape[dim] - 1)), dim)
-            return scan.function(ahead, dim)
-
-        return exclusive
-
-    def each(info: Info) -> Local:
-        return lambda x: scan.function(x, info.static[0])
-
-    def each_rule(shapes: Any, dim: int, n: int) -> Rule:
-        base = block_rule(shapes, (dim,), (n,))
-        only = frozenset((0,)) if linear else frozenset()
-        return Rule(base.inputs, (base.inputs[0],), base.sizes, base.blocked, linear=only)
-
-    blocks = Op(name, each_rule, each)
-    exclusive = Op(name, lambda shapes, dim: _along(shapes, dim, linear=linear), before)
-    joined = Op(
-        name,
-        lambda shapes, dim, n: _joined_rule(shapes, dim, n, linear),
-        lambda info: scan.join,
-    )
-
-    def cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
-        """Each block's own running totals, joined with the total of the blocks before it."""
-        (x,) = operands
-        dim, dtype = static
-        x = x if dtype is None else to(x, dtype)
-        axes = x.layout.dims[dim]
-        (n,) = parts(x, (dim,))
-        totals = convert(blockwise(x, (dim,), scan.total), axes, "replicated")
-        ahead = convert(exclusive((totals,), (dim,)), axes, dim)
-        return joined((blocks((x,), (dim, n)), ahead), (dim, n))  # type: ignore[no-any-return]
-
-    def whole(info: Info) -> Local:
-        dim, dtype = info.static
-        if dtype is None:
-            return lambda x: scan.function(x, dim)
-        return lambda x: scan.function(x, dim, dtype=dtype)
-
-    return Op(name, lambda shapes, *s: _along(shapes, *s, linear=linear), whole, protocol=cut)
-
-
-_SCANS = {name: _define_scan(name) for name in SCANS}
-
-
-def _scanned(
-    name: str, x: ShardedTensor, dim: int, dtype: Any, out: LayoutLike | None, over: Over
-) -> ShardedTensor:
-    if dtype is None and not x.dtype.is_floating_point and not x.dtype.is_complex:
-        dtype = torch.int64  # as torch does, across blocks too
-    return _SCANS[name]((x,), (_one(dim, x), dtype), out, over)  # type: ignore[no-any-return]
-
-
-@export(torch.cumsum, methods=["cumsum"])
-def cumsum(
-    x: ShardedTensor,
-    dim: int,
-    *,
-    dtype: torch.dtype | None = None,
-    out: LayoutLike | None = None,
-    over: Over = None,
-) -> ShardedTensor:
-    """Running sums along a dim, which may be cut; a sum that is owed stays owed.
-
-    Cost along a cut dim: an all_gather of one total per block, forward and backward.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.shard(torch.ones(4), sw.make_mesh({"data": 2}), "n/data")
-    >>> x.cumsum(0).full_tensor()
-    tensor([1., 2., 3., 4.])
-    """
-    return _scanned("cumsum", x, dim, dtype, out, over)
-
-
-@export(torch.cumprod, methods=["cumprod"])
-def cumprod(
-    x: ShardedTensor,
-    dim: int,
-    *,
-    dtype: torch.dtype | None = None,
-    out: LayoutLike | None = None,
-    over: Over = None,
-) -> ShardedTensor:
-    """Running products along a dim, which may be cut. Cost as `cumsum`.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.shard(torch.full((4,), 2.0), sw.make_mesh({"data": 2}), "n/data")
-    >>> x.cumprod(0).full_tensor()
-    tensor([ 2.,  4.,  8., 16.])
-    """
-    return _scanned("cumprod", x, dim, dtype, out, over)
-
-
-@export(torch.logcumsumexp, methods=["logcumsumexp"])
-def logcumsumexp(
-    x: ShardedTensor, dim: int, *, out: LayoutLike | None = None, over: Over = None
-) -> ShardedTensor:
-    """Logarithm of the running sums of exp(x) along a dim, which may be cut. Cost as `cumsum`.
-
-    >>> import torch, shardwise as sw
-    >>> x = sw.shard(torch.zeros(4), sw.make_mesh({"data": 2}), "n/data")
-    >>> x.logcumsumexp(0).exp().full_tensor()
-    tensor([1., 2., 3., 4.])
-    """
-    return _scanned("logcumsumexp", x, dim, None, out, over)
 
 
 # Sorting: whole rows on each device.
@@ -222,7 +60,7 @@ def _sort_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> tuple[Sharded
 
 
 def _pair_rule(shapes: Any, dim: int, *_: Any) -> Rule:
-    return _along(shapes, dim, results=2)
+    return along(shapes, dim, results=2)
 
 
 _SORT = Op("sort", _pair_rule, _sort_local, protocol=_sort_cut)
@@ -240,8 +78,8 @@ def sort(
 ) -> Sorted:
     """Values in order along a dim, which may be cut, and their global indices.
 
-    Cost along a cut dim: an all_to_all of x to another dim that the axes divide, and of values and indices back;
-    if there is none, an all_gather. The gradient goes the same way.
+    Cost along a cut dim: an all_to_all of x to another dim that the axes divide, and of values and
+    indices back; if there is none, an all_gather. The gradient goes the same way.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.tensor([3.0, 1.0, 4.0, 2.0]), sw.make_mesh({"data": 2}), "n/data")
@@ -249,7 +87,7 @@ def sort(
     >>> values.full_tensor(), indices.full_tensor()
     (tensor([1., 2., 3., 4.]), tensor([1, 3, 0, 2]))
     """
-    return Sorted(*_SORT((x,), (_one(dim, x), descending, stable), out, over))
+    return Sorted(*_SORT((x,), (one_of(dim, x), descending, stable), out, over))
 
 
 @export(torch.argsort, methods=["argsort"])
@@ -275,7 +113,7 @@ def msort(x: ShardedTensor, *, out: LayoutLike | None = None) -> ShardedTensor:
 
 
 def _top_rule(shapes: Any, k: int, dim: int, *_: Any) -> Rule:
-    base = _along(shapes, dim)
+    base = along(shapes, dim)
     top = (*base.inputs[0][:dim], ("k",), *base.inputs[0][dim + 1 :])
     return Rule(base.inputs, (top,) * 2, {**base.sizes, "k": k}, base.blocked | {"k"})
 
@@ -292,7 +130,7 @@ def _candidates_rule(shapes: Any, k: int, dim: int, largest: bool, n: int) -> Ru
 
 
 def _candidates_local(info: Info) -> Local:
-    k, dim, largest, n = info.static
+    k, dim, largest, _ = info.static
     size = info.rule.sizes[f"i{dim}"]
 
     def best(offset: int) -> Callable[..., Any]:
@@ -355,7 +193,7 @@ def topk(
     >>> values.full_tensor(), indices.full_tensor()
     (tensor([4., 3.]), tensor([2, 0]))
     """
-    at = _one(dim, x)
+    at = one_of(dim, x)
     if not 0 <= k <= (x.shape[at] if x.ndim else 1):
         raise ValueError(f"topk: k is {k}, but dim {at} of {x} is shorter")
     return Sorted(*_TOP((x,), (k, at, largest, sorted), out, over))
@@ -391,7 +229,7 @@ def kthvalue(
     over: Over = None,
 ) -> Sorted:
     """The k-th smallest value along a dim, and its index. A cut dim is a choice."""
-    return Sorted(*_KTH((x,), (_one(dim, x), keepdim, k), out, over))
+    return Sorted(*_KTH((x,), (one_of(dim, x), keepdim, k), out, over))
 
 
 @export(torch.median, methods=["median"])
@@ -412,4 +250,4 @@ def median(
     """
     if dim is None:
         return _MEDIAN((reshape(x, (-1,)),), (0, False), out, over)[0]
-    return Sorted(*_MEDIAN((x,), (_one(dim, x), keepdim), out, over))
+    return Sorted(*_MEDIAN((x,), (one_of(dim, x), keepdim), out, over))

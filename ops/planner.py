@@ -103,6 +103,14 @@ class Unfit(Exception):
 
 def spots(dims: Dims, kind: Type, sizes: Mapping[str, int]) -> dict[str, Spot]:
     """Where each axis of an operand stands. Axes fill the most major factor of a dim first."""
+    key = ("spots", dims, *[sizes[f] for factors in dims for f in factors])
+    known = kind.moves.get(key)
+    if known is None:
+        known = kind.moves[key] = _spots(dims, kind, sizes)
+    return known  # type: ignore[no-any-return]
+
+
+def _spots(dims: Dims, kind: Type, sizes: Mapping[str, int]) -> dict[str, Spot]:
     layout, mesh = kind.layout, kind.mesh
     found: dict[str, Spot] = {
         axis: Spot(state) for axis, state in layout.axes.items() if not isinstance(state, int)
@@ -264,7 +272,9 @@ def _best(
         options = _favoured(rule, options, out, mesh, where)
     if wide:
         options = {
-            axis: list(dict.fromkeys([*modes, *elsewhere(axis, rule, where)])) if len(modes) != 1 else modes
+            axis: list(dict.fromkeys([*modes, *elsewhere(axis, rule, where)]))
+            if len(modes) != 1
+            else modes
             for axis, modes in options.items()
         }
     best: Decision | None = None
@@ -392,7 +402,7 @@ def lay_out(
         states: dict[str, set[str]] = {"unreduced": set(), "reduced": set(), "varying": set()}
         for axis, mode in modes.items():
             now = where[number].get(axis, Spot("replicated")).state
-            state = _required(rule, number, mode, now, has, modes, axis, where)
+            state = _required(rule, mode, now, has)
             if state in states:
                 states[state].add(axis)
         targets.append(
@@ -405,29 +415,20 @@ def lay_out(
                 kind.layout.at,
             )
         )
-    outputs = tuple(_result(rule, dims, modes, orders, mesh, kinds[0].layout) for dims in rule.outputs)
+    outputs = tuple(
+        _result(rule, dims, modes, orders, mesh, kinds[0].layout) for dims in rule.outputs
+    )
     costs = [route_cost(k, t) for k, t in zip(kinds, targets, strict=True)]
     total = sum(cost for cost, _ in costs)
     if total == math.inf:
         raise Unfit(next(iter(modes)), "no conversion leads there")
-    needed = frozenset(
-        m for m in modes.values() if m in rule.blocked or m in rule.reduced
-    )
+    needed = frozenset(m for m in modes.values() if m in rule.blocked or m in rule.reduced)
     return Decision(
         modes, tuple(targets), tuple(r for _, r in costs), outputs, needed, total, orders
     )
 
 
-def _required(
-    rule: Rule,
-    number: int,
-    mode: Mode,
-    now: State,
-    has: frozenset[str],
-    modes: Mapping[str, Mode],
-    axis: str,
-    where: Sequence[Mapping[str, Spot]],
-) -> str:
+def _required(rule: Rule, mode: Mode, now: State, has: frozenset[str]) -> str:
     """The state that a mode asks of an operand on an axis ("cut" where it has the factor)."""
     if mode == "varying":
         return "varying" if now == "varying" else "reduced"
@@ -450,7 +451,9 @@ def _orders(
     orders: dict[str, tuple[str, ...]] = {}
     for factor in dict.fromkeys(m for m in modes.values() if m not in STATES):
         if factor not in rule.sizes:
-            raise Unfit(next(a for a, m in modes.items() if m == factor), f"the op has no factor {factor!r}")
+            raise Unfit(
+                next(a for a, m in modes.items() if m == factor), f"the op has no factor {factor!r}"
+            )
         mine = [a for a, m in modes.items() if m == factor]
         have = []
         for spot, kind in zip(where, kinds, strict=True):
@@ -460,14 +463,24 @@ def _orders(
         order += [a for other in have for a in other if a not in order]
         order = list(dict.fromkeys([*order, *mine]))
         for other in have:
-            if lead is None and other != order[: len(other)] and all(
-                spot.get(a, Spot("replicated")).factor in (None, factor) for spot in where for a in mine
+            if (
+                lead is None
+                and other != order[: len(other)]
+                and all(
+                    spot.get(a, Spot("replicated")).factor in (None, factor)
+                    for spot in where
+                    for a in mine
+                )
             ):
-                raise Unfit(other[0], f"operands cut one dim in the orders {'/'.join(order)} and {'/'.join(other)}")
+                raise Unfit(
+                    other[0],
+                    f"operands cut one dim in the orders {'/'.join(order)} and {'/'.join(other)}",
+                )
         over = math.prod(mesh.axes[a] for a in order)
         if rule.sizes[factor] % over:
             raise Unfit(
-                order[-1], f"size {rule.sizes[factor]} is not divisible by {over} ({'/'.join(order)})"
+                order[-1],
+                f"size {rule.sizes[factor]} is not divisible by {over} ({'/'.join(order)})",
             )
         orders[factor] = tuple(order)
     return orders
@@ -523,5 +536,3 @@ def bytes_of(kinds: Sequence[Type], decision: Decision) -> float:
     return sum(
         route_cost(k, t)[0] * k.dtype.itemsize for k, t in zip(kinds, decision.targets, strict=True)
     )
-
-

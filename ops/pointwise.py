@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layouts.layout import LayoutLike
@@ -22,11 +22,7 @@ from .dispatch import Info, Local, Op, binary, export, unary
 from .rules import Rule, make, pointwise
 
 # Unary functions of torch that act on each element alone.
-UNARY = """
-abs acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 floor frac
-isfinite isinf isnan lgamma log log10 log1p log2 logical_not neg positive rad2deg reciprocal round rsqrt
-sigmoid sign signbit sgn sin sinc sinh sqrt square tan tanh trunc bitwise_not i0 logit relu isreal
-""".split()
+UNARY = ["abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "deg2rad", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "isfinite", "isinf", "isnan", "lgamma", "log", "log10", "log1p", "log2", "logical_not", "neg", "positive", "rad2deg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "signbit", "sgn", "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "bitwise_not", "i0", "logit", "relu", "isreal"]
 LINEAR = {"neg", "positive", "deg2rad", "rad2deg"}  # f(x + y) = f(x) + f(y)
 FLAT = {"ceil", "floor", "round", "sign", "signbit", "trunc", "isfinite", "isinf", "isnan", "isreal",
         "logical_not", "bitwise_not"}  # fmt: skip  # no gradient, or zero
@@ -58,7 +54,10 @@ def _rule(linear: tuple[int, ...] = (), joint: bool = False) -> Callable[..., Ru
     def rule(shapes: Any, *keywords: Any) -> Rule:
         rounds = any(key == "rounding_mode" and mode for key, mode in keywords)
         return make(
-            pointwise([len(s) for s in shapes]), shapes, linear=() if rounds else linear, joint=joint
+            pointwise([len(s) for s in shapes]),
+            shapes,
+            linear=() if rounds else linear,
+            joint=joint,
         )
 
     return rule
@@ -77,7 +76,12 @@ def _plain(function: Callable[..., Any]) -> Callable[[Info], Local]:
 
 
 def _define_unary(name: str, function: Callable[..., Any]) -> Callable[..., ShardedTensor]:
-    op = Op(name, _rule((0,) if name in LINEAR else ()), _plain(function), differentiable=name not in FLAT)
+    op = Op(
+        name,
+        _rule((0,) if name in LINEAR else ()),
+        _plain(function),
+        differentiable=name not in FLAT,
+    )
     fast = unary(op)
 
     def call(
@@ -92,7 +96,9 @@ def _define_unary(name: str, function: Callable[..., Any]) -> Callable[..., Shar
         return op((x,), tuple(sorted(keywords.items())), out, over)
 
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"`torch.{name}` of each element; the layout is kept. Free, unless a sum is owed."
+    call.__doc__ = (
+        f"`torch.{name}` of each element; the layout is kept. Free, unless a sum is owed."
+    )
     return call
 
 
@@ -170,12 +176,13 @@ BINARY: dict[str, tuple[tuple[int, ...], bool, bool]] = {
     "isclose": ((), False, False),
 }
 OPS: dict[str, Op] = {}
+FAST: dict[str, Callable[..., Any]] = {}  # the operators' own way in, without keywords
 
 
 def _define_binary(name: str, function: Callable[..., Any]) -> Callable[..., ShardedTensor]:
     linear, joint, differentiable = BINARY[name]
     op = OPS[name] = Op(name, _rule(linear, joint), _plain(function), differentiable=differentiable)
-    fast = binary(op)
+    fast = FAST[name] = binary(op, lambda x, y: call(x, y))
 
     def call(
         x: Any,
@@ -185,7 +192,13 @@ def _define_binary(name: str, function: Callable[..., Any]) -> Callable[..., Sha
         over: Mapping[str, str] | None = None,
         **keywords: Any,
     ) -> ShardedTensor:
-        if type(x) is ShardedTensor and type(y) is ShardedTensor and out is None and over is None and not keywords:
+        if (
+            type(x) is ShardedTensor
+            and type(y) is ShardedTensor
+            and out is None
+            and over is None
+            and not keywords
+        ):
             return fast(x, y)
         if joint:
             alpha = keywords.pop("alpha", 1)  # as an operand it may vary without a new plan
@@ -202,9 +215,15 @@ def _define_binary(name: str, function: Callable[..., Any]) -> Callable[..., Sha
 def _counted_once(x: Any, y: Any) -> tuple[Any, Any]:
     """A number beside an unreduced tensor becomes an operand, which one device of the axis adds."""
     for one, other in ((x, y), (y, x)):
-        if isinstance(one, ShardedTensor) and one.layout.unreduced and not isinstance(other, ShardedTensor):
+        if (
+            isinstance(one, ShardedTensor)
+            and one.layout.unreduced
+            and not isinstance(other, ShardedTensor)
+        ):
             if not isinstance(other, Tensor):
-                other = torch.as_tensor(other, dtype=one.dtype if isinstance(other, int | float) else None)
+                other = torch.as_tensor(
+                    other, dtype=one.dtype if isinstance(other, int | float) else None
+                )
             other = constant(other, one)
             return (one, other) if one is x else (other, one)
     return x, y
@@ -226,14 +245,21 @@ _OPERATORS = {
 for _operator, _name in _OPERATORS.items():
     _call = globals()[_name]
     _reversed = lambda x, y, call=_call: call(y, x)  # noqa: E731
-    for _method, _function in ((f"__{_operator}__", _call), (f"__r{_operator}__", _reversed)):
+    for _method, _function in (
+        (f"__{_operator}__", FAST[_name]),
+        (f"__r{_operator}__", _reversed),
+    ):
         install(_method, _function)
         TORCH.setdefault(getattr(Tensor, _method, None), _function)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    install(f"__{_name}__", globals()[_name])
+    install(f"__{_name}__", FAST[_name])
 ShardedTensor.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is elementwise, as in torch
 
-_WHERE = Op("where", lambda shapes, *_: make(pointwise([len(s) for s in shapes]), shapes), lambda _: torch.where)
+_WHERE = Op(
+    "where",
+    lambda shapes, *_: make(pointwise([len(s) for s in shapes]), shapes),
+    lambda _: torch.where,
+)
 _WHERE_MASKED = Op(
     "where",
     lambda shapes, *_: make(pointwise([len(s) for s in shapes]), shapes, linear=(1, 2)),
@@ -278,8 +304,8 @@ _CLAMP = Op("clamp", _rule(), lambda _: torch.clamp)  # bounds are operands: the
 @export(torch.clamp, torch.clip, methods=["clamp", "clip"])
 def clamp(
     x: ShardedTensor,
-    min: Any = None,  # noqa: A002
-    max: Any = None,  # noqa: A002
+    min: Any = None,
+    max: Any = None,
     *,
     out: LayoutLike | None = None,
     over: Mapping[str, str] | None = None,
@@ -325,7 +351,9 @@ addcdiv = _fused("addcdiv", operator.truediv)
 
 
 def _cast_rule(shapes: Any, dtype: torch.dtype) -> Rule:
-    rounds = not (dtype.is_floating_point or dtype.is_complex)  # parts rounded to integers do not add up
+    rounds = not (
+        dtype.is_floating_point or dtype.is_complex
+    )  # parts rounded to integers do not add up
     return make("... -> ...", shapes, linear=() if rounds else (0,))
 
 
@@ -336,7 +364,9 @@ _CAST = Op("to", _cast_rule, lambda info: lambda x: x.to(info.static[0]))
 def to(x: ShardedTensor, dtype: torch.dtype, *, out: LayoutLike | None = None) -> ShardedTensor:
     """`x` in another dtype; sums that are owed stay owed."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"to: expected a dtype, got {dtype!r}; a mesh has one device, use sw.reshard to move")
+        raise TypeError(
+            f"to: expected a dtype, got {dtype!r}; a mesh has one device, use sw.reshard to move"
+        )
     return x if x.dtype == dtype and out is None else _CAST((x,), (dtype,), out)
 
 

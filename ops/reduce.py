@@ -1,13 +1,14 @@
 """Sums and what else folds a dim into one entry: sum, mean, count_nonzero, prod, any, all.
 
-`sum` and `mean`, whose count is the GLOBAL one, are linear: over a cut dim they stay local and leave a sum owed. The others
-exchange one entry per device and result at once. See `extreme` for max and min, `moments` for var and norm.
+`sum` and `mean`, whose count is the GLOBAL one, are linear: over a cut dim they stay local and
+leave a sum owed. The others exchange one entry per device and result at once. See `extreme` for max
+and min, `moments` for var and norm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
 from .meet import blockwise, dropped, extremum
-from .pointwise import ne, to
+from .pointwise import to
 from .rules import Rule, letters, sized
 
 Dims = int | Sequence[int] | None
@@ -51,9 +52,7 @@ def reduction(
     """The rule that drops (or keeps as size 1) these dims."""
     names = letters(ndim)
     gone = {names[d] for d in dims}
-    kept = tuple(
-        () if n in gone else (n,) for n in names if keepdim or n not in gone
-    )
+    kept = tuple(() if n in gone else (n,) for n in names if keepdim or n not in gone)
     return Rule(
         (tuple((n,) for n in names),),
         (kept,) * results,
@@ -80,7 +79,7 @@ _SUM = Op("sum", _sum_rule, _sum_local)
 
 
 @export(torch.sum, methods=["sum"])
-def sum(  # noqa: A001
+def sum(
     x: ShardedTensor,
     dim: Dims = None,
     keepdim: bool = False,
@@ -137,6 +136,10 @@ def mean(
     return _MEAN((x,), (dims, keepdim, dtype), out, over)  # type: ignore[no-any-return]
 
 
+def _nonzero(x: Any) -> Any:
+    return x != 0
+
+
 @export(torch.count_nonzero, methods=["count_nonzero"])
 def count_nonzero(
     x: ShardedTensor, dim: Dims = None, *, out: LayoutLike | None = None
@@ -146,10 +149,11 @@ def count_nonzero(
     Cost: over a cut dim an all_reduce of the result.
 
     >>> import torch, shardwise as sw
-    >>> sw.shard(torch.tensor([0, 3, 4, 0]), sw.make_mesh({"data": 2}), "n/data").count_nonzero().item()
+    >>> x = sw.shard(torch.tensor([0, 3, 4, 0]), sw.make_mesh({"data": 2}), "n/data")
+    >>> x.count_nonzero().item()
     2
     """
-    return sum(to(ne(x, 0), torch.int64), dim, out=out)
+    return sum(to(_nonzero(x), torch.int64), dim, out=out)
 
 
 def _fold_rule(shapes: Any, dims: tuple[int, ...], keepdim: bool, op: str, *_: Any) -> Rule:
@@ -168,17 +172,18 @@ def _logic_local(info: Info) -> Local:
 def _logic_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
     (x,) = operands
     dims, keepdim, name = static
-    truth = to(ne(x, 0), torch.uint8)  # a bool is no number to a collective
+    truth = to(_nonzero(x), torch.uint8)  # a bool is no number to a collective
     return dropped(to(extremum(truth, dims, _LOGIC[name][1]), torch.bool), dims, keepdim)
 
 
 _LOGICAL = {
-    name: Op(name, _fold_rule, _logic_local, protocol=_logic_cut, differentiable=False) for name in _LOGIC
+    name: Op(name, _fold_rule, _logic_local, protocol=_logic_cut, differentiable=False)
+    for name in _LOGIC
 }
 
 
 @export(torch.any, methods=["any"])
-def any(  # noqa: A001
+def any(
     x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, out: LayoutLike | None = None
 ) -> ShardedTensor:
     """Whether some entry is not zero. Over a cut dim: an all_reduce(max) of bytes.
@@ -191,7 +196,7 @@ def any(  # noqa: A001
 
 
 @export(torch.all, methods=["all"])
-def all(  # noqa: A001
+def all(
     x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, out: LayoutLike | None = None
 ) -> ShardedTensor:
     """Whether no entry is zero; as `any`."""
@@ -227,7 +232,8 @@ def prod(
 ) -> ShardedTensor:
     """The product along a dim, or of all entries.
 
-    Cost: along a cut dim an all_gather of one product per device and result. Gradient: nothing moves.
+    Cost: along a cut dim an all_gather of one product per device and result. Gradient: nothing
+    moves.
 
     >>> import torch, shardwise as sw
     >>> sw.shard(torch.tensor([2.0, 3.0]), sw.make_mesh({"data": 2}), "n/data").prod().item()

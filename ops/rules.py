@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 
 Dim = tuple[str, ...]
 Dims = tuple[Dim, ...]
@@ -55,7 +55,7 @@ class Rule:
         return frozenset(f for dim in dims for f in dim)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> tuple[tuple[Dims, ...], tuple[Dims, ...]]:
     """Operands and results of a rule string; "..." stays as the factor "...".
 
@@ -88,7 +88,7 @@ def _dims(part: str, text: str) -> Dims:
     return tuple(dims)
 
 
-@lru_cache(maxsize=None)
+@cache
 def expand(text: str, ndims: tuple[int, ...]) -> tuple[tuple[Dims, ...], tuple[Dims, ...]]:
     """The rule with "..." spelled out for operands of these ndims, aligned from the right.
 

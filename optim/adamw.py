@@ -41,17 +41,24 @@ def adamw(
 
     def init(params: Any) -> dict[str, Any]:
         zeros = lambda p: torch.zeros_like(p, dtype=state_dtype)  # noqa: E731
-        return {"step": counter(params), "mu": tree.map(zeros, params), "nu": tree.map(zeros, params)}
+        return {
+            "step": counter(params),
+            "mu": tree.map(zeros, params),
+            "nu": tree.map(zeros, params),
+        }
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         step = state["step"] + 1
         rate = scheduled(lr, state["step"])
         mu = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - b1), state["mu"], grads)
-        nu = tree.map(lambda v, g: torch.lerp(v, g.to(v.dtype) * g.to(v.dtype), 1 - b2), state["nu"], grads)
+        nu = tree.map(
+            lambda v, g: torch.lerp(v, g.to(v.dtype) * g.to(v.dtype), 1 - b2), state["nu"], grads
+        )
         count = step.to(torch.float64)
         first, second = 1 - b1**count, 1 - b2**count
         decays = [
-            weight_decay if mask is None or matches(mask, path, p) else 0.0 for path, p in tree.items(params)
+            weight_decay if mask is None or matches(mask, path, p) else 0.0
+            for path, p in tree.items(params)
         ]
         at = iter(decays)
 

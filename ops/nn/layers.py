@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from ...layouts.layout import LayoutLike, make
 from ...layouts.reshard import reshard_one
@@ -68,7 +68,9 @@ def dense(
     pattern = f"{' '.join(batch + inner)}, {' '.join(inner + outer)} -> {' '.join(batch + outer)}"
     if b is None:
         return einsum(pattern, x, w, out=out, over=over)
-    try_first = einsum(pattern, x, w, over=over) if out is None or _is_settled(x, w, inputs) else None
+    try_first = (
+        einsum(pattern, x, w, over=over) if out is None or _is_settled(x, w, inputs) else None
+    )
     product = try_first if try_first is not None else einsum(pattern, x, w, out=out, over=over)
     total = product + b
     return total if out is None else reshard_one(total, out)
@@ -84,7 +86,9 @@ def _is_settled(x: ShardedTensor, w: ShardedTensor, inputs: int) -> bool:
     return True
 
 
-def embedding(ids: ShardedTensor, table: ShardedTensor, *, out: LayoutLike | None = None) -> ShardedTensor:
+def embedding(
+    ids: ShardedTensor, table: ShardedTensor, *, out: LayoutLike | None = None
+) -> ShardedTensor:
     """Rows of a table [vocab, embed] by integer ids; the vocabulary may be cut.
 
     Cost: with a cut vocabulary, the sum of partial lookups is reduced by `out`.
@@ -93,7 +97,9 @@ def embedding(ids: ShardedTensor, table: ShardedTensor, *, out: LayoutLike | Non
     return found if out is None else reshard_one(found, out)  # type: ignore[arg-type, return-value]
 
 
-def rms_norm(x: ShardedTensor, scale: ShardedTensor | None = None, *, eps: float = 1e-6) -> ShardedTensor:
+def rms_norm(
+    x: ShardedTensor, scale: ShardedTensor | None = None, *, eps: float = 1e-6
+) -> ShardedTensor:
     """x / sqrt(mean(x^2) + eps) * scale over the last dim; statistics only are exchanged where it is cut."""
     return F.rms_norm(x, (x.shape[-1],), scale, eps)  # type: ignore[arg-type, return-value]
 
@@ -217,7 +223,11 @@ def cross_entropy(
         spread = torch.logsumexp(logits, -1)  # type: ignore[arg-type]
         width = classes or logits.shape[-1]
         if label_smoothing:
-            shown = logits if classes is None else torch.where(logits > torch.finfo(logits.dtype).min, logits, 0.0)  # type: ignore[call-overload]  # noqa: E501
+            shown = (
+                logits
+                if classes is None
+                else torch.where(logits > torch.finfo(logits.dtype).min, logits, 0.0)
+            )  # type: ignore[call-overload]
             uniform = spread - shown.sum(-1) / width
             each = each * (1 - label_smoothing) + uniform * label_smoothing
         if z_loss:

@@ -34,7 +34,9 @@ def fan_in(gain: float = 1.0) -> Init:
     """Normal values with deviation gain / sqrt(size of the contracted dims)."""
 
     def init(key: Key, shape: Any, mesh: Mesh, layout: Layout, dtype: torch.dtype, fan: int) -> Any:
-        return random.normal(key, shape, mesh, layout, std=gain / math.sqrt(max(1, fan)), dtype=dtype)
+        return random.normal(
+            key, shape, mesh, layout, std=gain / math.sqrt(max(1, fan)), dtype=dtype
+        )
 
     return init
 

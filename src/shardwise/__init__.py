@@ -1,7 +1,7 @@
 """shardwise: sharded tensors with explicit layouts over named device meshes, for PyTorch.
 
-    mesh = sw.make_mesh({"data": 2, "tensor": 4})
-    x = sw.shard(torch.randn(64, 512), mesh, "batch/data embed")
+mesh = sw.make_mesh({"data": 2, "tensor": 4})
+x = sw.shard(torch.randn(64, 512), mesh, "batch/data embed")
 """
 
 from . import layouts as layouts
@@ -16,17 +16,17 @@ from .layouts.place import shard as shard
 from .layouts.place import zeros as zeros
 from .layouts.reshard import reshard as reshard
 from .layouts.sharded import ShardedTensor as ShardedTensor
+from .layouts.strategy import Precision as Precision
+from .layouts.strategy import Strategy as Strategy
 from .meshlib.errors import LayoutError as LayoutError
 from .meshlib.errors import MeshError as MeshError
 from .meshlib.mesh import Mesh as Mesh
 from .meshlib.mesh import make_mesh as make_mesh
 from .meshlib.record import Collective as Collective
-from .layouts.strategy import Precision as Precision
-from .layouts.strategy import Strategy as Strategy
 from .ops import nn as nn
 from .ops import random as random
-from .ops.nn import strategies as strategies
 from .ops.define import op as op
+from .ops.nn import strategies as strategies
 from .ops.plan import Plan as Plan
 from .ops.plan import plan as plan
 from .ops.plan import record as record

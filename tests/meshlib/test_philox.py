@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,15 @@ def assert_same_bits(x: Tensor, y: Tensor) -> None:
     assert x.dtype == y.dtype
     bits = [t.clone(memory_format=torch.contiguous_format).view(-1) for t in (x, y)]
     assert torch.equal(bits[0].view(torch.uint8), bits[1].view(torch.uint8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads help nothing here, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Words

@@ -26,7 +26,8 @@ def plain(params: Any, tokens: Tensor, labels: Tensor) -> Tensor:
         b = {k: v[i] for k, v in p["blocks"].items()}
         h = F.layer_norm(x, (16,), b["attn_norm"], b["attn_norm_bias"])
         q, k, v = (
-            torch.einsum("bsd,dhk->bhsk", h, b[f"w_{n}"]) + b[f"b_{n}"][None, :, None] for n in "qkv"
+            torch.einsum("bsd,dhk->bhsk", h, b[f"w_{n}"]) + b[f"b_{n}"][None, :, None]
+            for n in "qkv"
         )
         scores = (q @ k.transpose(-1, -2) / math.sqrt(4)).masked_fill(~causal, -math.inf)
         a = torch.einsum("bhsk,hkd->bsd", scores.softmax(-1) @ v, b["w_o"]) + b["b_o"]
@@ -42,7 +43,8 @@ def inputs() -> tuple[Any, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     declaration = models.gpt2(CONFIG, strategies.data()).declaration
     params = sw.tree.map(
-        lambda d: torch.randn(d.shape(CONFIG), generator=rng, dtype=torch.float64) * 0.3, declaration
+        lambda d: torch.randn(d.shape(CONFIG), generator=rng, dtype=torch.float64) * 0.3,
+        declaration,
     )
     tokens = torch.randint(24, (BATCH, 8), generator=rng)
     labels = torch.randint(24, (BATCH, 8), generator=rng)
@@ -97,7 +99,9 @@ def test_loss_and_gradients_equal_plain_torch(name: str) -> None:
     batch = sw.shard({"tokens": tokens, "labels": labels}, mesh, strategy["tokens"])
     loss, grads = sw.value_and_grad(model.loss)(params, batch)
     assert abs(loss.item() - expected.item()) < 1e-12
-    for (path, g), p, want in zip(sw.tree.items(grads), sw.tree.leaves(params), wanted, strict=True):
+    for (path, g), p, want in zip(
+        sw.tree.items(grads), sw.tree.leaves(params), wanted, strict=True
+    ):
         assert g.layout is p.layout.dual, path
         torch.testing.assert_close(g.full_tensor(), want, rtol=1e-10, atol=1e-10, msg=path)
 
@@ -179,7 +183,9 @@ def test_one_step_is_planned_for_four_thousand_devices() -> None:
     assert plan.elements(axis="tensor", phase="backward") == (2 * 12 + 1) * 2 * 7 * stream // 8
     size = sum(p.numel() // (8 if p.layout.axes else 1) for p in sw.tree.leaves(params))
     moved = plan.elements(axis="data", phase="backward")
-    tied_twice = params["embed"].numel() // 8  # cast per use: its gradient is reduced once all the same
+    tied_twice = (
+        params["embed"].numel() // 8
+    )  # cast per use: its gradient is reduced once all the same
     assert moved == pytest.approx(2 * 511 / 512 * size, rel=1e-9) or moved == pytest.approx(
         2 * 511 / 512 * (size + tied_twice), rel=1e-9
     )

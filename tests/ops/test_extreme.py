@@ -1,10 +1,10 @@
-"""Largest and smallest entries: audited in every layout with ties, what moves, gradients between ties."""
+"""Largest and smallest entries: audited in every layout, what moves, gradients between ties."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from check import close, moves, placed, pulled, ran
+from check import close, placed, pulled, ran
 from gallery import mesh, values
 
 import shardwise as sw
@@ -54,7 +54,9 @@ def test_random_layouts_on_more_axes(name, axes):
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("layout", ["_/a _", "_ _/a", "_/a _/b", "_ _/a/b", "_ _/b/a", "_ _ {R:a}", "_/b _ {R:a}"])
+@pytest.mark.parametrize(
+    "layout", ["_/a _", "_ _/a", "_/a _/b", "_ _/a/b", "_ _/b/a", "_ _ {R:a}", "_/b _ {R:a}"]
+)
 def test_ties_go_where_torch_puts_them(name, layout):
     value = tied(*SHAPE)
     x = placed(value, mesh(a=2, b=3), layout)
@@ -70,7 +72,9 @@ def test_ties_go_where_torch_puts_them(name, layout):
     if not real:
         return
     cotangents = [values(*w.shape, seed=3) for _, w in real]
-    (g,) = pull([placed(c, y.mesh, y.layout.dual) for c, (y, _) in zip(cotangents, real, strict=True)])
+    (g,) = pull(
+        [placed(c, y.mesh, y.layout.dual) for c, (y, _) in zip(cotangents, real, strict=True)]
+    )
     close(g, torch.autograd.grad([w for _, w in real], leaf, cotangents)[0])
 
 
@@ -95,7 +99,9 @@ def test_small_all_reduces_finish_and_the_backward_moves_nothing(op, plain, with
         y, pull = sw.vjp(op, x)
         if y.dtype.is_floating_point:
             pull(placed(values(6), x.mesh, y.layout.dual))
-    assert [(c.reduce, c.phase) for c in plan.collectives] == [(r, "forward") for r in with_gradient]
+    assert [(c.reduce, c.phase) for c in plan.collectives] == [
+        (r, "forward") for r in with_gradient
+    ]
     assert {c.why for c in plan.collectives} == {"statistics"}
     assert plan.collectives[0].op in ("amax", "max", "min", "argmax")
 
@@ -116,14 +122,20 @@ def test_nothing_moves_where_other_dims_are_cut():
 
 def test_infinities_and_nans_are_found():
     inf, nan = float("inf"), float("nan")
-    value = torch.tensor([[-inf, -inf, -inf, -inf], [0, inf, inf, 1], [0, 1, nan, 2], [1, 2, 3, nan]])
+    value = torch.tensor(
+        [[-inf, -inf, -inf, -inf], [0, inf, inf, 1], [0, 1, nan, 2], [1, 2, 3, nan]]
+    )
     x = placed(value.double(), mesh(a=2), "_ _/a")
     for op in (torch.max, torch.min):
         got, want = op(x, 1), op(value.double(), 1)
         assert torch.equal(got.values.full_tensor().nan_to_num(9), want.values.nan_to_num(9))
         assert torch.equal(got.indices.full_tensor(), want.indices)
     leaf = value[:2].double().requires_grad_()
-    y, (g,), _ = pulled(lambda x: x.amax(1), [placed(value[:2].double(), mesh(a=2), "_ _/a")], torch.ones(2).double())
+    y, (g,), _ = pulled(
+        lambda x: x.amax(1),
+        [placed(value[:2].double(), mesh(a=2), "_ _/a")],
+        torch.ones(2).double(),
+    )
     assert y.full_tensor().tolist() == [-inf, inf]
     assert torch.equal(g.full_tensor(), torch.autograd.grad(leaf.amax(1).sum(), leaf)[0])
 
@@ -151,7 +163,10 @@ def test_they_run_under_vmap_and_jvp():
         close(got, torch.func.vmap(torch.func.grad(lambda v, op=op: op(v, 0)))(value))
         t = placed(values(4, 12, seed=2), mesh(a=2), "_ _/a")
         _, tangent = sw.jvp(lambda x, op=op: op(x, 1), (x,), (t,))
-        close(tangent, torch.func.jvp(lambda v, op=op: op(v, 1), (value,), (values(4, 12, seed=2),))[1])
+        close(
+            tangent,
+            torch.func.jvp(lambda v, op=op: op(v, 1), (value,), (values(4, 12, seed=2),))[1],
+        )
 
 
 def test_out_names_the_layout_of_the_values():

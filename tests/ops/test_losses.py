@@ -1,8 +1,9 @@
-"""Losses: audited in every layout; means over GLOBAL counts; what cross-entropy of cut classes moves."""
+"""Losses: audited in every layout; GLOBAL counts; what cross-entropy of cut classes moves."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def classes(*shape, seed=5, ignore=True):
 def labelled(shapes, generator):
     """Logits, class numbers of which some do not count, and weights."""
     made = [torch.randn(shapes[0], generator=generator, dtype=torch.float64), classes(*shapes[1])]
-    return made + [torch.rand(s, generator=generator, dtype=torch.float64) + 0.5 for s in shapes[2:]]
+    return made + [
+        torch.rand(s, generator=generator, dtype=torch.float64) + 0.5 for s in shapes[2:]
+    ]
 
 
 def shares(shapes, generator):
@@ -47,7 +50,6 @@ ELEMENTWISE = {
     "mse none": (lambda x, y: F.mse_loss(x, y, reduction="none"), PAIR, shares, (), 2),
     "mse weighted": (lambda x, y, w: F.mse_loss(x, y, weight=w), ROW, shares, (), 0),
     "l1": (F.l1_loss, PAIR, shares, (), 2),
-    "l1 weighted": (lambda x, y, w: F.l1_loss(x, y, weight=w), ROW, shares, (), 0),
     "smooth l1": (lambda x, y: F.smooth_l1_loss(x, y, beta=0.3), PAIR, shares, (), 2),
     "huber": (lambda x, y: F.huber_loss(x, y, delta=0.3), PAIR, shares, (), 2),
     "huber weighted": (lambda x, y, w: F.huber_loss(x, y, weight=w), ROW, shares, (), 0),
@@ -55,19 +57,20 @@ ELEMENTWISE = {
     "bce weighted": (lambda x, y, w: F.binary_cross_entropy(x, y, w), ROW, shares, (1, 2), 0),
     "bce logits": (F.binary_cross_entropy_with_logits, PAIR, shares, (), 2),
     "bce logits weighted": (
-        lambda x, y, w: F.binary_cross_entropy_with_logits(x, y, w, pos_weight=w), ROW, shares, (1, 2), 0
+        lambda x, y, w: F.binary_cross_entropy_with_logits(x, y, w, pos_weight=w),
+        ROW, shares, (1, 2), 0,
     ),
     "kl": (lambda x, y: F.kl_div(x, y, reduction="batchmean"), PAIR, shares, (), 2),
-    "kl of logs": (lambda x, y: F.kl_div(x, y, reduction="sum", log_target=True), PAIR, shares, (), 2),
+    "kl of logs": (partial(F.kl_div, reduction="sum", log_target=True), PAIR, shares, (), 2),
     "poisson": (lambda x, y: F.poisson_nll_loss(x, y, full=True), PAIR, shares, (1,), 2),
-    "gaussian": (lambda x, y, v: F.gaussian_nll_loss(x, y, v, full=True), [*PAIR, (6, 12)], shares, (), None),
-    "gaussian rows": (lambda x, y, v: F.gaussian_nll_loss(x, y, v), [*PAIR, (6,)], shares, (), None),
-    "gaussian clamped": (lambda x, y, v: F.gaussian_nll_loss(x, y, v, eps=0.5), ROW, shares, (), 0),
+    "gaussian": (partial(F.gaussian_nll_loss, full=True), [PAIR[0]] * 3, shares, (), None),
+    "gaussian rows": (F.gaussian_nll_loss, [*PAIR, (6,)], shares, (), None),
+    "gaussian clamped": (partial(F.gaussian_nll_loss, eps=0.5), ROW, shares, (), 0),
     "gaussian number": (lambda x, y: F.gaussian_nll_loss(x, y, 0.7), PAIR, shares, (), 2),
     "soft margin": (F.soft_margin_loss, PAIR, signs, (1,), 2),
     "hinge": (lambda x, y: F.hinge_embedding_loss(x, y, 0.5), PAIR, signs, (1,), 2),
     "margin ranking": (lambda x, y, t: F.margin_ranking_loss(x, y, t, 0.1), ROW, signs, (2,), 0),
-    "cosine": (lambda x, y, t: F.cosine_embedding_loss(x, y, t, 0.1), [*PAIR, (6,)], signs, (2,), None),
+    "cosine": (partial(F.cosine_embedding_loss, margin=0.1), [*PAIR, (6,)], signs, (2,), None),
 }  # fmt: skip
 
 
@@ -82,6 +85,18 @@ def test_elementwise_losses_in_any_layout(name):
     for axes in (2, 3):
         found = report(op, shapes, operands=operands, no_grad=no_grad, axes=axes, samples=15)
         assert not found.wrong, found.wrong[:3]
+
+
+def test_weighted_l1_under_our_own_name():
+    """`F.l1_loss` of torch 2.13 drops `weight` before any class of tensors sees it."""
+    found = report(
+        lambda x, y, w: sw.ops.l1_loss(x, y, weight=w),
+        ROW,
+        reference=lambda x, y, w: F.l1_loss(x, y, weight=w),
+        operands=shares,
+    )
+    assert not found.wrong, found.wrong[:3]
+    assert not found.choice
 
 
 CROSS = {
@@ -114,7 +129,9 @@ def test_cross_entropy_in_any_layout(name):
 def test_weighted_cross_entropy_in_any_layout(reduction, smoothing):
     op = lambda x, t, w: F.cross_entropy(x, t, w, reduction=reduction, label_smoothing=smoothing)  # noqa: E731
     for axes, samples in ((1, None), (2, 25), (3, 15)):
-        found = report(op, [(6, C), (6,), (C,)], operands=labelled, no_grad=(2,), axes=axes, samples=samples)
+        found = report(
+            op, [(6, C), (6,), (C,)], operands=labelled, no_grad=(2,), axes=axes, samples=samples
+        )
         assert not found.wrong, found.wrong[:3]
         if axes == 1:  # weights cut where the logits are not, and labels cut where the classes are
             assert len(found.choice) == 2 * (4 * 2 + 4)
@@ -141,14 +158,18 @@ def test_nll_in_any_layout(shapes):
     for op in (F.nll_loss, lambda *a: F.nll_loss(*a, reduction="none")):
         found = report(op, shapes, operands=operands, no_grad=(2,))
         assert not found.wrong, found.wrong[:3]
-        assert not [c for c in found.choice if c[1].startswith("_/a") and "/a" not in "".join(c[2:])]
+        assert not [
+            c for c in found.choice if c[1].startswith("_/a") and "/a" not in "".join(c[2:])
+        ]
         found = report(op, shapes, operands=operands, no_grad=(2,), axes=2, samples=20)
         assert not found.wrong, found.wrong[:3]
 
 
 def test_one_row_of_classes():
     x = placed(values(C), mesh(a=2), "_/a")
-    y, (g,), _ = pulled(lambda x: F.cross_entropy(x, torch.tensor(7)), [x], torch.ones((), dtype=torch.float64))
+    y, (g,), _ = pulled(
+        lambda x: F.cross_entropy(x, torch.tensor(7)), [x], torch.ones((), dtype=torch.float64)
+    )
     leaf = values(C).requires_grad_()
     want = F.cross_entropy(leaf, torch.tensor(7))
     close(y, want)
@@ -173,11 +194,15 @@ def test_a_cut_batch_reduces_only_the_count():
     x, t = placed(values(6, C), mesh(a=2), "_/a _"), sw.shard(classes(6), mesh(a=2), "_/a")
     y, plan = ran(lambda: F.cross_entropy(x, t))
     assert str(y) == "f64[]{U:a}"
-    assert [(c.kind, c.elements, c.dtype) for c in plan.collectives] == [("all_reduce", 1, torch.int64)]
+    assert [(c.kind, c.elements, c.dtype) for c in plan.collectives] == [
+        ("all_reduce", 1, torch.int64)
+    ]
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "mse_loss", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "nll_loss", "mse_loss", "binary_cross_entropy_with_logits"]
+)
 def test_means_over_a_cut_batch_have_the_gradients_of_one_device(name, n):
     """torch's DTensor multiplies these gradients by the number of devices."""
     loss = getattr(F, name)
@@ -227,9 +252,13 @@ def test_narrow_logits_take_their_statistics_in_float32():
 
 def test_bad_arguments_say_so():
     x = sw.shard(values(6, C), mesh(a=2))
-    with pytest.raises(TypeError, match="cross_entropy: size_average and reduce are torch's old spelling"):
+    with pytest.raises(
+        TypeError, match="cross_entropy: size_average and reduce are torch's old spelling"
+    ):
         F.cross_entropy(x, classes(6), size_average=True)
-    with pytest.raises(ValueError, match=r"mse_loss: reduction is 'avg' \(known: 'none', 'mean', 'sum'\)"):
+    with pytest.raises(
+        ValueError, match=r"mse_loss: reduction is 'avg' \(known: 'none', 'mean', 'sum'\)"
+    ):
         F.mse_loss(x, x, reduction="avg")
     with pytest.raises(ValueError, match="do not fit"):
         F.cross_entropy(x, classes(5))

@@ -92,9 +92,13 @@ def test_over_a_cut_dim_only_statistics_move(name, n):
     for phase, wanted in zip(("forward", "backward"), COUNTS[name], strict=True):
         seen = [c for c in plan.collectives if c.phase == phase]
         assert "".join("m" if c.reduce == "max" else "+" for c in seen) == wanted
-        assert {(c.kind, c.axes, c.elements) for c in seen} <= {("all_reduce", ("a",), 2 * (n - 1) / n * 6)}
+        assert {(c.kind, c.axes, c.elements) for c in seen} <= {
+            ("all_reduce", ("a",), 2 * (n - 1) / n * 6)
+        }
     assert {c.op for c in plan.collectives} == {name}
-    assert {c.why for c in plan.collectives} == {"statistics", "gradient"} - ({"gradient"} if name == "logsumexp" else set())
+    assert {c.why for c in plan.collectives} == {"statistics", "gradient"} - (
+        {"gradient"} if name == "logsumexp" else set()
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,9 @@ def test_nothing_moves_where_other_dims_are_cut(name):
 def test_large_numbers_lose_nothing():
     value = values(*SHAPE) + 1e6
     x = placed(value, mesh(a=3), "_ _/a")
-    torch.testing.assert_close(F.layer_norm(x, (12,)).full_tensor(), F.layer_norm(value, (12,)), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        F.layer_norm(x, (12,)).full_tensor(), F.layer_norm(value, (12,)), rtol=1e-8, atol=1e-8
+    )
     big = placed(value * 1e3, mesh(a=3), "_ _/a")
     close(torch.softmax(big, 1), torch.softmax(big.full_tensor(), 1))
     close(torch.logsumexp(big, 1), torch.logsumexp(big.full_tensor(), 1))
@@ -139,7 +145,11 @@ def test_narrow_dtypes_take_their_statistics_in_float32(dtype):
     value = values(6, 768).to(dtype)
     x = sw.shard(value, mesh(a=2), "_ _/a")
     bound = torch.finfo(dtype).eps * 4
-    for op in (lambda x: torch.softmax(x, 1), lambda x: F.layer_norm(x, (768,)), lambda x: F.rms_norm(x, (768,))):
+    for op in (
+        lambda x: torch.softmax(x, 1),
+        lambda x: F.layer_norm(x, (768,)),
+        lambda x: F.rms_norm(x, (768,)),
+    ):
         got, want = op(x), op(value.double())
         assert got.dtype == dtype
         torch.testing.assert_close(got.full_tensor().double(), want, rtol=bound, atol=bound / 100)
@@ -150,7 +160,9 @@ def test_group_norm_may_cut_batch_and_groups():
     op = lambda x, w, b: F.group_norm(x, 6, w, b)  # noqa: E731
     found = report(op, [(6, 12, 6), (12,), (12,)], samples=200)
     assert not found.wrong, found.wrong[:3]
-    assert not [c for c in found.choice if c[1].startswith(("_/a", "_ _/a")) and "/a" not in c[2] + c[3]]
+    assert not [
+        c for c in found.choice if c[1].startswith(("_/a", "_ _/a")) and "/a" not in c[2] + c[3]
+    ]
     assert [c for c in found.choice if c[1] == "_ _ _/a"]
 
 

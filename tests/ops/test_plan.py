@@ -15,7 +15,9 @@ import shardwise as sw
 def program(sizes: dict[str, int]) -> tuple[Any, ...]:
     mesh = sw.make_mesh(sizes)
     rng = torch.Generator().manual_seed(0)
-    x, y = (sw.shard(torch.randn(64, 512, generator=rng), mesh, "batch/data embed") for _ in range(2))
+    x, y = (
+        sw.shard(torch.randn(64, 512, generator=rng), mesh, "batch/data embed") for _ in range(2)
+    )
     params = {
         "up": sw.shard(torch.randn(512, 2048, generator=rng), mesh, "embed ffn/tensor"),
         "down": sw.shard(torch.randn(2048, 512, generator=rng), mesh, "ffn/tensor embed"),

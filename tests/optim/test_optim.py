@@ -68,7 +68,9 @@ def test_clipping_equals_torch(layouts: str) -> None:
 def test_a_norm_of_parts_is_refused() -> None:
     mesh = sw.make_mesh({"data": 2})
     g = {"w": sw.full((4,), 1.0, mesh, "n {U:data}")}
-    with pytest.raises(sw.LayoutError, match=r"global_norm: w is f32\[4\]\{U:data\}, still a sum") as e:
+    with pytest.raises(
+        sw.LayoutError, match=r"global_norm: w is f32\[4\]\{U:data\}, still a sum"
+    ) as e:
         optim.global_norm(g)
     assert e.value.kind == "unreduced"
 

@@ -64,10 +64,10 @@ def ops(mesh: sw.Mesh) -> dict[str, Any]:
         "cumsum": lambda x, w: torch.cumsum(x, 1) * x,
         "norm": lambda x, w: torch.linalg.vector_norm(x),
         "variance": lambda x, w: x.var(1),
-        "matmul": lambda x, w: x.T @ x,
+        "matmul": lambda x, w: sw.ops.matmul(x.T, x, out="a b"),
         "sort": lambda x, w: torch.sort(x, 1).values * w,
         "roll": lambda x, w: torch.roll(x, 5, 1) * x,
-        "gather": lambda x, w: torch.gather(x, 1, torch.argsort(x, 1)) * w,
+        "gather": lambda x, w: torch.gather(x, 1, sw.reshard(torch.argsort(x, 1), "... b")) * w,
         "loss": lambda x, w: F.cross_entropy(x, torch.argmax(x, 1)),
     }
     found = {}

@@ -24,7 +24,10 @@ PRESETS: dict[str, Callable[..., Strategy]] = {
     "tensor_1d": strategies.tensor_1d,
 }
 DERIVED = ("vocab", "position")  # fields of a model's config that the data decides
-IS_DECAYED = ("w_", "embed")  # roles that decay: matrices and tables, not gains, biases or positions
+IS_DECAYED = (
+    "w_",
+    "embed",
+)  # roles that decay: matrices and tables, not gains, biases or positions
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,6 @@ LATER = frozenset(
 # What must hold between keys: the keys, the condition, what to say (the first key is blamed).
 TOGETHER: tuple[tuple[str, str, Callable[[Any, Any], bool], str], ...] = (
     ("data.batch", "data.micro_batches", lambda b, m: b % m == 0, "{} is no multiple of {}, {}"),
-    ("optimizer.warmup", "run.steps", lambda w, s: w <= s, "{} is more than {}, {}"),
 )
 
 

@@ -215,14 +215,15 @@ class _Reader:
                 self._problem(at, str(error))
         return values
 
-    def _value(self, value: Any, hint: Any, at: Keys) -> Any:
-        """`value` as the type `hint` says; None, and a problem, if it is not of that type."""
+    def _value(self, given: Any, hint: Any, at: Keys) -> Any:
+        """`given` as the type `hint` says; None, and a problem, if it is not of that type."""
         base, extras = _split_hint(hint)
         origin = get_origin(base) or base
         before = len(self.problems)
+        value: Any = given
         if hasattr(base, "parse") and isinstance(value, str):
             value = self._parse(value, base, at)
-        elif dataclasses.is_dataclass(base) and isinstance(value, dict):
+        elif isinstance(value, dict) and _is_table(base):
             values = self._fields(base, value, at)  # type: ignore[arg-type]
             value = None if len(self.problems) > before else base(**values)  # type: ignore[operator]
         elif origin in (Mapping, dict) and isinstance(value, dict):
@@ -245,9 +246,9 @@ class _Reader:
             kind = f" ({_NAMES[type(value)]})" if type(value) in _NAMES else ""
             self._problem(at, f"expected {_expected(hint)}, found {_shown(value)}{kind}")
         elif base is float:
-            value = float(value)
+            value = float(given)
         elif base is str:
-            value = self._text(value)
+            value = self._text(given)
         for extra in extras if len(self.problems) == before else ():
             self._check(value, extra, at)
         return value if len(self.problems) == before else None
@@ -360,6 +361,10 @@ def _extra(hint: Any, kind: type) -> Any:
 
 _NAMES = {int: "an integer", float: "a number", bool: "a boolean", str: "a string"}
 _NAMES |= {list: "an array", tuple: "an array", dict: "a table", Mapping: "a table"}
+
+
+def _is_table(base: Any) -> bool:
+    return dataclasses.is_dataclass(base) and not hasattr(base, "parse")
 
 
 def _expected(hint: Any) -> str:

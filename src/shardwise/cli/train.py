@@ -63,6 +63,8 @@ def train(config: Config, console: Console | None = None) -> Curve:
         LayoutError: a strategy that does not fit model and mesh; before anything runs.
     """
     mesh = build.build_mesh(config)
+    if mesh.transport == "simulated" and mesh.device.type == "cpu":
+        torch.set_num_threads(1)  # many small ops: waking a second thread costs more than it does
     console = console or Console(quiet=not mesh.is_first, highlight=False, soft_wrap=True)
     strategy = build.build_strategy(config.strategy, config.precision)
     model = build.build_model(config.model, config.data.seq, strategy)
@@ -101,7 +103,9 @@ def train(config: Config, console: Console | None = None) -> Curve:
     tokens = config.run.steps * config.data.batch * config.data.seq
     console.print(f"\n{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")
     console.print(_scores(final, corpus))
-    texts = sample(model, params, mesh, PROMPT, length=240, rows=_rows(model, mesh), seed=config.run.seed)
+    texts = sample(
+        model, params, mesh, PROMPT, length=240, rows=_rows(model, mesh), seed=config.run.seed
+    )
     console.print(f"[bold]a sample[/bold]\n{'-' * 60}")
     console.print(texts[0], markup=False)
     if mesh.is_first:
