@@ -38,6 +38,9 @@ class GPT2Config:
     pad: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("layer", "embed", "heads", "vocab", "position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1")
         if self.embed % self.heads:
             raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
         if not self.ffn:

@@ -36,7 +36,7 @@ REDUCTIONS = ("none", "mean", "sum")
 TENSORS = ("input", "target", "input1", "input2", "weight", "pos_weight", "var")
 
 
-def check_reduction(name: str, reduction: str, *old: Any, more: tuple[str, ...] = ()) -> None:
+def _check_reduction(name: str, reduction: str, *old: Any, more: tuple[str, ...] = ()) -> None:
     """Raise unless a reduction is known and torch's old spellings of it are unused."""
     if any(o is not None for o in old):
         raise TypeError(f"{name}: size_average and reduce are torch's old spelling; use reduction=")
@@ -45,7 +45,7 @@ def check_reduction(name: str, reduction: str, *old: Any, more: tuple[str, ...] 
         raise ValueError(f"{name}: reduction is {reduction!r} (known: {known})")
 
 
-def reduced(each: ShardedTensor, reduction: str, count: Any = None) -> ShardedTensor:
+def _reduced(each: ShardedTensor, reduction: str, count: Any = None) -> ShardedTensor:
     """The elements, their sum, or their mean: over their global number, or over `count`."""
     if reduction == "none":
         return each
@@ -123,7 +123,7 @@ def _define(name: str) -> Callable[..., ShardedTensor]:
         bound.apply_defaults()
         given = dict(bound.arguments)
         reduction = given.pop("reduction")
-        check_reduction(
+        _check_reduction(
             name, reduction, given.pop("size_average", None), given.pop("reduce", None), more=more
         )
         tensors = {k: v for k, v in given.items() if k in TENSORS and v is not None}
@@ -140,7 +140,7 @@ def _define(name: str) -> Callable[..., ShardedTensor]:
             count = settled(sum(weight)) if isinstance(weight, ShardedTensor) else weight.sum()
         if reduction == "batchmean":
             count = each.shape[0]
-        return _asked(reduced(each, reduction, count), out)
+        return _asked(_reduced(each, reduction, count), out)
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"`torch.nn.functional.{name}` in any layout; the mean is over the GLOBAL count."
@@ -167,7 +167,7 @@ def cosine_embedding_loss(
 
     Cost: where an axis cuts the width, three all_reduces of the targets' size; backward none.
     """
-    check_reduction("cosine_embedding_loss", reduction, size_average, reduce)
+    _check_reduction("cosine_embedding_loss", reduction, size_average, reduce)
     tiny = 1e-12  # torch's own
     first: Any = settled(sum(input1 * input1, -1))
     second: Any = settled(sum(input2 * input2, -1))
@@ -175,7 +175,7 @@ def cosine_embedding_loss(
     cosine = product / ((first + tiny) * (second + tiny)).sqrt()
     near: Any = where(target == 1, 1 - cosine, 0)
     far: Any = where(target == -1, clamp(cosine - margin, 0), 0)
-    return _asked(reduced(near + far, reduction), out)
+    return _asked(_reduced(near + far, reduction), out)
 
 
 # Classes: logits [batch, classes, ...] or [classes].
@@ -238,7 +238,7 @@ def nll_loss(
     >>> torch.nn.functional.nll_loss(x, torch.tensor([1])).full_tensor()
     tensor(2.)
     """
-    check_reduction("nll_loss", reduction, size_average, reduce)
+    _check_reduction("nll_loss", reduction, size_average, reduce)
     input, target, weight = _operands(input, target, weight)
     counts, classes, share = _share(
         target, None if weight is None else weight.detach(), ignore_index
@@ -246,7 +246,7 @@ def nll_loss(
     each = -_at(input, 0 if input.ndim == 1 else 1, classes)
     each = where(counts, each if share is None else each * share, 0)
     count = _count(counts, share) if reduction == "mean" else None
-    return _asked(reduced(each, reduction, count), out)
+    return _asked(_reduced(each, reduction, count), out)
 
 
 def _rule(shapes: Sequence[Any], ignore: int, smoothing: float) -> Rule:
@@ -346,7 +346,7 @@ def cross_entropy(
     >>> torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2]))
     f32[] local[] on mesh(tensor=2)
     """
-    check_reduction("cross_entropy", reduction, size_average, reduce)
+    _check_reduction("cross_entropy", reduction, size_average, reduce)
     input, target, weight = _operands(input, target, weight)
     weight = None if weight is None else weight.detach()
     dim = 0 if input.ndim == 1 else 1
@@ -364,4 +364,4 @@ def cross_entropy(
             count = _count(counts, share)
     elif reduction == "mean":
         count = math.prod(input.shape) // input.shape[dim]
-    return _asked(reduced(each, reduction, count), out)
+    return _asked(_reduced(each, reduction, count), out)

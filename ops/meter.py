@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 
 class Meter(TorchDispatchMode):
@@ -21,6 +20,10 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # Not at the top: it loads Triton where that is installed, and few programs count FLOPs.
+        from torch.utils.flop_counter import flop_registry
+
+        self._formulas = flop_registry
         self.flops = 0.0
         self.live = 0
         self.peak = 0
@@ -51,7 +54,7 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         """Run the op, then count it."""
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(getattr(func, "overloadpacket", func))
+        formula = self._formulas.get(getattr(func, "overloadpacket", func))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):

@@ -35,12 +35,17 @@ def cosine(peak: float, steps: int, *, end: float = 0.0) -> Function:
 def warmup_cosine(peak: float, *, warmup: int, steps: int, end: float = 0.0) -> Function:
     """Linear rise to peak over `warmup` steps, half a cosine to end at `steps`, then end."""
 
-    def schedule(step: Any) -> Any:
-        rise = torch.clamp((step.to(torch.float32) + 1) / max(1, warmup), max=1.0)
-        fall = 0.5 * (1 + torch.cos(math.pi * _progress(step, warmup, steps)))
-        return rise * (end + (peak - end) * fall)
+    def fall(step: Any) -> Any:
+        return end + (peak - end) * 0.5 * (1 + torch.cos(math.pi * _progress(step, warmup, steps)))
 
-    return schedule
+    return warm(fall, warmup)
+
+
+def warm(schedule: Function, steps: int) -> Function:
+    """The schedule, times a linear rise over the first `steps`."""
+    if not steps:
+        return schedule
+    return lambda step: torch.clamp((step.to(torch.float32) + 1) / steps, max=1.0) * schedule(step)
 
 
 def _progress(step: Any, start: int, stop: int) -> Any:

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, and no limit on the time of one: the machine may be busy.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 _LINE = re.compile(r"\b(test_\w+\.py):\d+")  # a test's own line moves when the test is edited

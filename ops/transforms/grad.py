@@ -106,7 +106,7 @@ def reported(loss: Any, keep: bool) -> Any:
     value = loss if keep else loss.detach()
     if isinstance(value, Tensor):
         return value
-    with record.acting(why="value"), record.phase("report"):
+    with record.acting("value_and_grad", "value"), record.phase("report"):
         if value.layout.unreduced:
             value = convert(
                 value,

@@ -29,6 +29,11 @@ def loss(params: Any, x: sw.ShardedTensor, y: sw.ShardedTensor) -> Any:
     return F.mse_loss(F.gelu(x @ params["up"]) @ params["down"], y)
 
 
+def step(*args: Any) -> Any:
+    """One line, so that records of different calls name one source."""
+    return sw.value_and_grad(loss)(*args)
+
+
 def test_readme_program_communicates_as_it_says() -> None:
     params, x, y = program({"data": 2, "tensor": 4})
     with sw.record() as plan:
@@ -48,8 +53,8 @@ def test_readme_program_communicates_as_it_says() -> None:
 def test_an_abstract_plan_equals_the_record() -> None:
     args = program({"data": 2, "tensor": 4})
     with sw.record() as ran:
-        sw.value_and_grad(loss)(*args)
-    would = sw.plan(sw.value_and_grad(loss), *args)
+        step(*args)
+    would = sw.plan(step, *args)
     assert not ran.diff(would)
     assert [o.name for o in ran.ops] == [o.name for o in would.ops]
     assert [o.output for o in ran.ops] == [o.output for o in would.ops]

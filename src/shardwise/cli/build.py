@@ -73,8 +73,8 @@ def build_optimizer(table: OptimizerTable, steps: int) -> Transform:
     """AdamW behind an optional clipping of the global norm."""
     end = table.decay or steps
     rates: Mapping[str, Callable[[], Any]] = {
-        "constant": lambda: schedules.constant(table.lr),
-        "linear": lambda: schedules.linear(table.lr, 0.0, end),
+        "constant": lambda: schedules.warm(schedules.constant(table.lr), table.warmup),
+        "linear": lambda: schedules.warm(schedules.linear(table.lr, 0.0, end), table.warmup),
         "cosine": lambda: schedules.warmup_cosine(table.lr, warmup=table.warmup, steps=end),
     }
     step = adamw(

@@ -94,9 +94,12 @@ def train(config: Config, console: Console | None = None) -> Curve:
                 raise FloatingPointError(f"step {number}: the loss is {curve.losses[-1]}")
             rate = (number + 1) * raw["tokens"].numel() / (time.perf_counter() - began)
             progress.update(bar, advance=1, loss=f"{curve.losses[-1]:.4f}", rate=f"{rate:,.0f}")
+            if not console.is_terminal and (number + 1) % config.run.log_every == 0:
+                console.print(f"step {number + 1}: loss {curve.losses[-1]:.4f}, {rate:,.0f} tokens/s")
             if (number + 1) % config.run.eval_every == 0 and number + 1 < config.run.steps:
-                curve.validation.append((number + 1, evaluate(model, params, corpus, config, mesh)))
-                progress.console.print(f"step {number + 1}: validation {curve.validation[-1][1]:.3f} bits per byte")  # fmt: skip  # noqa: E501
+                bits = evaluate(model, params, corpus, config, mesh, most=8)
+                curve.validation.append((number + 1, bits))
+                console.print(f"step {number + 1}: validation {bits:.3f} bits per byte")
     seconds = time.perf_counter() - began
     final = evaluate(model, params, corpus, config, mesh)
     curve.validation.append((config.run.steps, final))
@@ -136,13 +139,18 @@ def place(raw: dict[str, torch.Tensor], model: Model, mesh: Mesh) -> dict[str, S
 
 
 def evaluate(
-    model: Model, params: Any, corpus: build.Corpus, config: Config, mesh: Mesh, most: int = 16
+    model: Model,
+    params: Any,
+    corpus: build.Corpus,
+    config: Config,
+    mesh: Mesh,
+    most: int | None = None,
 ) -> float:
-    """Validation loss in bits per byte, over evenly spread batches (at most `most`)."""
+    """Validation loss in bits per byte: of the whole text, or of `most` batches spread over it."""
     every = list(
         text.validation_batches(corpus.validation, seq=config.data.seq, batch=config.data.batch)
     )
-    chosen = every[:: max(1, len(every) // most)][:most]
+    chosen = every if most is None else every[:: max(1, len(every) // most)][:most]
     total, count = 0.0, 0
     with torch.no_grad():
         for raw in chosen:

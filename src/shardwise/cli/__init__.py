@@ -1,0 +1,1 @@
+"""The command line: configuration, trainer, commands. Imports everything; nothing imports it."""
