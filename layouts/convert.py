@@ -89,12 +89,17 @@ class Step:
 
     def shifted(self) -> Step:
         """The same step on tensors with one more leading dim (vmap)."""
-        before, after = (s + 1 if isinstance(s, int) else s for s in (self.before, self.after))
+        before, after = _shifted(self.before), _shifted(self.after)
         return Step(self.mesh, self.axes, before, after, self.reduce_dtype)
 
 
+def _shifted(state: State) -> State:
+    return state + 1 if isinstance(state, int) else state
+
+
 def _dual(state: State) -> State:
-    return {"reduced": "unreduced", "unreduced": "reduced"}.get(state, state)  # type: ignore[call-overload,arg-type]
+    swapped: dict[State, State] = {"reduced": "unreduced", "unreduced": "reduced"}
+    return swapped.get(state, state)
 
 
 def run(
@@ -181,7 +186,7 @@ class Convert(torch.autograd.Function):
         return tuple(convert_shards(step.shifted(), front, by, backward)), (0,) * len(shards)
 
 
-_apply = super(torch.autograd.Function, Convert).apply  # the C apply: no signature binding
+_apply = super(torch.autograd.Function, Convert).apply  # pyright: ignore  # the C apply: no signature binding
 _functorch = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
@@ -213,7 +218,7 @@ def planned(
         return kind.moves[key]  # type: ignore[no-any-return]
     layout = kind.layout
     kind.mesh.check_axes(axes)
-    states = {layout.state(a) for a in axes}
+    states: set[State] = {layout.state(a) for a in axes}
     if len(states) != 1:
         raise LayoutError(f"convert: axes {axes} are in different states in '{layout}'")
     before = states.pop()

@@ -66,6 +66,7 @@ class Layout:
     ndim: int
 
     def __new__(cls, text: str | Layout, ndim: int | None = None) -> Layout:
+        """The one layout that the text means."""
         if isinstance(text, Layout):
             return text
         found = _PARSED.get((text, ndim))
@@ -198,7 +199,7 @@ def with_state(layout: Layout, axis: str, to: State) -> Layout:
     """The layout with one axis in another state; an axis that cuts a dim goes last on it."""
     dims = tuple(tuple(a for a in axes if a != axis) for axes in layout.dims)
     if isinstance(to, int):
-        dims = dims[:to] + ((*dims[to], axis),) + dims[to + 1 :]
+        dims = (*dims[:to], (*dims[to], axis), *dims[to + 1 :])
     one = frozenset((axis,))
     return make(
         dims,

@@ -94,7 +94,7 @@ def parse(text: str) -> Parsed:
         else:
             names.append(item["name"])
             dims.append(axes)
-    check(tuple(dims) + (rest_axes,), states, text)
+    check((*dims, rest_axes), states, text)
     return Parsed(
         tuple(names),
         tuple(dims),

@@ -98,7 +98,8 @@ def _shortest(kind: Type, target: Layout, limit: int | None) -> Route | None:
             step = record.volume(verb, here, n) if verb in record.VOLUME else 0
             reached = (cost + step, steps + 1)
             if after not in best or reached < best[after]:
-                heapq.heappush(queue, (*reached, next(count), after, (*route, (axes, to))))
+                move: Move = (axes, to)
+                heapq.heappush(queue, (*reached, next(count), after, (*route, move)))
     return None
 
 
@@ -126,7 +127,7 @@ def _moves(
             axes = here[-take:]
             if axes[0] not in active:
                 break
-            wanted = {target.state(a) for a in axes}
+            wanted: set[State] = {target.state(a) for a in axes}
             for to in wanted - {dim}:
                 if not isinstance(to, int):
                     yield axes, to, ("S", LETTER[to])

@@ -155,10 +155,11 @@ class Strategy:
         row = self.compute_row(role)
         to = row_layout(row, leaf.shape, leaf.mesh, leaf.layout, f"compute row of {role}")
         wide = self.precision.reduce
+        save: Any = self.option("save")
         return reshard_one(
             leaf,
             to,
-            save=self.option("save"),
+            save=save,
             reduce_dtype=wide if wide != leaf.dtype else None,  # type: ignore[arg-type]
         )
 

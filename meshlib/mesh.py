@@ -51,6 +51,8 @@ class Mesh:
     coords: tuple[Mapping[str, int], ...]
     is_first: bool
     ranks: tuple[int, ...]  # device numbers of the root mesh, in this mesh's order
+    check: bool  # whether ranks compare each collective before it runs
+    _positions: dict[Axes, tuple[int, ...]]
     comm: Transport  # what moves the data; meshlib and layouts only
 
     def __new__(
@@ -61,6 +63,7 @@ class Mesh:
         ranks: tuple[int, ...],
         check: bool = False,
     ) -> Mesh:
+        """The one mesh of these arguments."""
         key = (tuple(axes.items()), transport, device, ranks, check)
         if transport == "distributed":
             from .distributed import job
@@ -77,7 +80,7 @@ class Mesh:
         self.device = device
         self.ranks = ranks
         self.check = check
-        self._positions: dict[Axes, tuple[int, ...]] = {}
+        self._positions = {}
         names = tuple(axes)
         grid = itertools.product(*(range(n) for n in axes.values()))
         every = tuple(MappingProxyType(dict(zip(names, at, strict=True))) for at in grid)

@@ -119,7 +119,8 @@ class Log:
 
 
 LOGS: list[Log] = []  # the open logs; empty in normal running, and then nothing below is called
-_CONTEXT: ContextVar[Context] = ContextVar("context", default=Context())
+_NOBODY = Context()
+_CONTEXT: ContextVar[Context] = ContextVar("context", default=_NOBODY)
 _PHASE: ContextVar[Phase] = ContextVar("phase", default="forward")
 
 

@@ -111,7 +111,7 @@ def block(
     h = nn.layer_norm(x, p["mlp_norm"], p["mlp_norm_bias"], eps=config.eps)
     h = reshard(h, s["block_in"])
     h = F.gelu(nn.dense(h, p["w_up"], p["b_up"], out=s["ffn"]), approximate="tanh")
-    y = nn.dense(h, p["w_down"], p["b_down"], out=s["hidden"])
+    y = nn.dense(h, p["w_down"], p["b_down"], out=s["hidden"])  # pyright: ignore
     return x + nn.dropout(y, config.dropout, keys[1])
 
 

@@ -154,7 +154,8 @@ def _fix(
         code = _code(name, call, names, changes)
     operand_routes = list(zip(kinds, decision.routes, grads, strict=True))
     parts = [costs(*each) for each in (*operand_routes, *routes)]
-    ahead, behind = ([step for part in parts for step in part[side]] for side in (0, 1))
+    ahead = [step for part in parts for step in part[0]]
+    behind = [step for part in parts for step in part[1]]
     text = ", ".join(f"{verb} {size}" for verb, size in ahead) or "nothing moves"
     if behind:
         same = [verb for verb, _ in ahead] == [verb for verb, _ in behind]
@@ -212,5 +213,6 @@ def costs(kind: Type, route: Route, grad: bool) -> tuple[Words, Words, float]:
     return ahead, behind, total
 
 
-def _dual_state(state: int | str) -> int | str:
-    return {"reduced": "unreduced", "unreduced": "reduced"}.get(state, state)  # type: ignore[call-overload,arg-type]
+def _dual_state(state: State) -> State:
+    swapped: dict[State, State] = {"reduced": "unreduced", "unreduced": "reduced"}
+    return swapped.get(state, state)

@@ -82,7 +82,7 @@ class Prepared:
     outs: tuple[Type, ...] | None  # of the results before out_routes; known after the first run
     out_routes: tuple[Route, ...] | None
     protocol: bool
-    plain: Type | None  # the result's type where nothing but the local call is needed
+    plain: Any  # the result's Type where nothing but the local call is needed, else None
     why: record.Why
 
 
@@ -125,10 +125,7 @@ class Op:
                 short = None
             ready = self.fast.get(short)
             if ready is not None:
-                fn, columns = ready.fn, [x._shards for x in operands]
-                if len(columns[0]) == 1:
-                    return ShardedTensor((fn(*[c[0] for c in columns]),), ready.plain)
-                return ShardedTensor(tuple([fn(*row) for row in zip(*columns)]), ready.plain)  # noqa: B905
+                return rerun(ready, *operands)
         else:
             short = None
         if out is not None and isinstance(out, Tensor | ShardedTensor):
@@ -406,8 +403,8 @@ def unary(op: Op) -> Callable[[ShardedTensor], ShardedTensor]:
         shards = x._shards
         fn = prepared.fn
         if len(shards) == 1:
-            return ShardedTensor((fn(shards[0]),), prepared.plain)  # type: ignore[arg-type]
-        return ShardedTensor(tuple([fn(s) for s in shards]), prepared.plain)  # type: ignore[arg-type]
+            return ShardedTensor((fn(shards[0]),), prepared.plain)
+        return ShardedTensor(tuple([fn(s) for s in shards]), prepared.plain)
 
     return call
 
@@ -427,10 +424,19 @@ def binary(op: Op, general: Callable[..., Any]) -> Callable[..., Any]:
         a, b = x._shards, y._shards
         fn = prepared.fn
         if len(a) == 1:
-            return ShardedTensor((fn(a[0], b[0]),), prepared.plain)  # type: ignore[arg-type]
-        return ShardedTensor(tuple([fn(s, t) for s, t in zip(a, b)]), prepared.plain)  # type: ignore[arg-type]  # noqa: B905
+            return ShardedTensor((fn(a[0], b[0]),), prepared.plain)
+        return ShardedTensor(tuple([fn(s, t) for s, t in zip(a, b)]), prepared.plain)  # noqa: B905
 
     return call
+
+
+def rerun(ready: Prepared, *operands: ShardedTensor) -> ShardedTensor:
+    """A call whose plan converts nothing and gives one result, once its key was found."""
+    fn = ready.fn
+    columns = [x._shards for x in operands]
+    if len(columns[0]) == 1:
+        return ShardedTensor((fn(*[c[0] for c in columns]),), ready.plain)  # type: ignore[arg-type]
+    return ShardedTensor(tuple([fn(*row) for row in zip(*columns)]), ready.plain)  # type: ignore[arg-type]  # noqa: B905
 
 
 def _first(op: Op, operands: tuple[ShardedTensor, ...], key: Any) -> ShardedTensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..layouts.layout import LayoutLike
 from ..layouts.place import constant
 from ..layouts.sharded import ShardedTensor, Type
-from .dispatch import Info, Local, Op, export
+from ..meshlib import record
+from .dispatch import Info, Local, Op, Prepared, export, rerun
 from .meet import leads, settled, widened
 from .moments import vector_norm
 from .pointwise import clamp, to
@@ -29,6 +30,7 @@ from .reduce import Dims, mean, normal_dims, sum
 from .rules import Rule, letters, sized
 from .shape import reshape
 
+_grad_enabled = torch.is_grad_enabled
 Over = Mapping[str, str] | None
 Ints = tuple[int, ...]
 
@@ -73,12 +75,12 @@ def _rms_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
 
 def _layer_local(info: Info) -> Local:
     shape, (_, eps, has_bias) = _local_shape(info), info.static
-
-    def norm(x: Any, *rest: Any) -> Any:
-        *weight, bias = rest if has_bias else (*rest, None)
-        return F.layer_norm(x, shape, weight[0] if weight else None, bias, eps)
-
-    return norm
+    norm = torch.layer_norm  # what F.layer_norm calls, without its own dispatch
+    if has_bias and len(info.kinds) == 3:
+        return lambda x, weight, bias: norm(x, shape, weight, bias, eps)
+    if has_bias:
+        return lambda x, bias: norm(x, shape, None, bias, eps)
+    return lambda x, weight=None: norm(x, shape, weight, None, eps)
 
 
 def _layer_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
@@ -113,8 +115,12 @@ def _normed(
     out: LayoutLike | None,
     over: Over,
 ) -> ShardedTensor:
-    given = [constant(t, x) if isinstance(t, Tensor) else t for t in rest if t is not None]
-    kinds = tuple([t._type for t in given])
+    given = [t for t in rest if t is not None]
+    try:
+        kinds = tuple([t._type for t in given])
+    except AttributeError:  # a plain tensor among them: a constant
+        given = [constant(t, x) if isinstance(t, Tensor) else t for t in given]
+        kinds = tuple([t._type for t in given])
     able = _checked(ops[0].name, x._type, tuple(shape), kinds)
     return ops[able]((x, *given), (len(shape), *static), out, over)  # type: ignore[no-any-return]
 
@@ -200,7 +206,30 @@ def layer_norm(
     >>> torch.nn.functional.layer_norm(x, (2,)).full_tensor()
     tensor([[-1.0000,  1.0000]])
     """
-    return _normed(_LAYER, x, normalized_shape, (weight, bias), (eps, bias is not None), out, over)
+    if out is None and over is None:
+        try:  # all operands there, and seen before: the shortest way in
+            ready = _READY.get(
+                (x._type, weight._type, bias._type, tuple(normalized_shape), eps, _grad_enabled())
+            )
+        except AttributeError:
+            ready = None
+        if ready is not None and not record.LOGS:
+            return rerun(ready, x, weight, bias)
+    result = _normed(_LAYER, x, normalized_shape, (weight, bias), (eps, bias is not None), out, over)
+    if out is None and over is None and type(weight) is type(bias) is ShardedTensor:
+        _remember(x, weight, bias, tuple(normalized_shape), eps)
+    return result
+
+
+_READY: dict[Any, Prepared] = {}  # layer_norm with weight and bias: the plans that convert nothing
+
+
+def _remember(x: Any, weight: Any, bias: Any, shape: Ints, eps: float) -> None:
+    kinds = (x._type, weight._type, bias._type)
+    for op in _LAYER:
+        found = op.fast.get(((len(shape), eps, True), _grad_enabled(), *kinds))
+        if found is not None:
+            _READY[(*kinds, shape, eps, _grad_enabled())] = found
 
 
 def _group_rule(shapes: Any, groups: int, eps: float, has_bias: bool) -> Rule:

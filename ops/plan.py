@@ -312,7 +312,8 @@ def plan(f: Callable[..., Any], *args: Any, mesh: Mesh | None = None, **kwargs: 
     made = Plan()
     args, kwargs = abstract(args, mesh), abstract(kwargs, mesh)
     meter = Meter()
-    leaves = [x for x in optree.tree_leaves((args, kwargs)) if isinstance(x, ShardedTensor)]
+    flat = optree.tree_leaves((args, kwargs))  # pyright: ignore
+    leaves = [x for x in flat if isinstance(x, ShardedTensor)]
     for x in leaves:
         meter.hold(x._shards[0])
     held = meter.live

@@ -17,6 +17,8 @@ from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor
 from .. import random
 from ..contract import einsum
+from ..normalize import layer_norm as _layer_norm
+from ..normalize import rms_norm as _rms_norm
 from ..random import Key
 
 _LETTERS = [f"o{i}" for i in range(8)]
@@ -101,7 +103,7 @@ def rms_norm(
     x: ShardedTensor, scale: ShardedTensor | None = None, *, eps: float = 1e-6
 ) -> ShardedTensor:
     """x / sqrt(mean(x^2) + eps) * scale over the last dim; statistics only are exchanged where it is cut."""
-    return F.rms_norm(x, (x.shape[-1],), scale, eps)  # type: ignore[arg-type, return-value]
+    return _rms_norm(x, (x.shape[-1],), scale, eps)  # type: ignore[arg-type, return-value]
 
 
 def layer_norm(
@@ -112,7 +114,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> ShardedTensor:
     """Zero mean and unit variance over the last dim, then scale and bias."""
-    return F.layer_norm(x, (x.shape[-1],), scale, bias, eps)  # type: ignore[arg-type, return-value]
+    return _layer_norm(x, (x.shape[-1],), scale, bias, eps)  # type: ignore[arg-type, return-value]
 
 
 def attention(
@@ -226,8 +228,8 @@ def cross_entropy(
             shown = (
                 logits
                 if classes is None
-                else torch.where(logits > torch.finfo(logits.dtype).min, logits, 0.0)
-            )  # type: ignore[call-overload]
+                else torch.where(logits > torch.finfo(logits.dtype).min, logits, 0.0)  # pyright: ignore
+            )
             uniform = spread - shown.sum(-1) / width
             each = each * (1 - label_smoothing) + uniform * label_smoothing
         if z_loss:

@@ -59,6 +59,9 @@ def constant(value: float) -> Init:
     return init
 
 
+_FAN_IN = fan_in()
+
+
 @dataclass(frozen=True)
 class Param:
     """A declared parameter.
@@ -73,7 +76,7 @@ class Param:
     """
 
     dims: str
-    init: Init = fan_in()
+    init: Init = _FAN_IN
     dtype: torch.dtype | None = None
     stacked: tuple[str, ...] = ()
 
