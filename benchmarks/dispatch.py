@@ -2,8 +2,9 @@
 
     python benchmarks/dispatch.py
 
-Microseconds per op, 16x16 float32, one thread; medians over rounds that take turns, so that a slow moment hits
-all three. "over" is what a row adds to plain torch or its ratio. The aims stand in the last column.
+Microseconds per op, 16x16 float32, one thread; medians over rounds that take turns, so that a slow
+moment hits all three. "over" is what a row adds to plain torch or its ratio. The aims stand in the
+last column.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int, repeats: int) -
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def operands(make: Callable[[torch.Tensor], object]) -> tuple[object, ...]:
+def operands(make: Callable[[torch.Tensor], Any]) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
     return tuple(make(torch.randn(SIZE, SIZE, generator=generator)) for _ in range(2)) + tuple(
         make(torch.randn(SIZE, generator=generator)) for _ in range(2)

@@ -1,4 +1,4 @@
-"""The conversion table: every communication is one row of it, and one rule gives each row's gradient.
+"""The conversion table: every communication is a row, and one rule gives each row's gradient.
 
     from -> to   S            I            R            U
     S            all_to_all   all_gather   all_gather   place
@@ -6,14 +6,15 @@
     R            slice        none                      keep
     U            reduce_scatter all_reduce all_reduce
 
-S sharded, I replicated, R reduced, U unreduced. The backward of `a -> b` is the row `dual(b) -> dual(a)`,
-where the dual swaps R and U. Inside `shard_map` there is also V, varying: its own dual, moved into and out
-of R and U by "none". Conversions are linear, so their forward-mode derivative is themselves, and they commute
-with vmap.
+S sharded, I replicated, R reduced, U unreduced. The backward of `a -> b` is the row `dual(b) ->
+dual(a)`, where the dual swaps R and U. Inside `shard_map` there is also V, varying: its own dual,
+moved into and out of R and U by "none". Conversions are linear, so their forward-mode derivative is
+themselves, and they commute with vmap.
 
-`Convert` is the one autograd Function. It is a node on *every* device, so that all devices meet in the same
-backward collectives. It is called through the C `apply` of its base class, which skips the binding of the
-signature (20 us a call, `docs/architecture.md`); under functorch through its own `apply`.
+`Convert` is the one autograd Function. It is a node on *every* device, so that all devices meet in
+the same backward collectives. It is called through the C `apply` of its base class, which skips the
+binding of the signature (20 us a call, `docs/architecture.md`); under functorch through its own
+`apply`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ SUMS: frozenset[Verb] = frozenset({"all_reduce", "reduce_scatter"})
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One row of the table at work: which mesh and axes (major to minor), from and to which state."""
+    """One row of the table at work: mesh and axes (major to minor), from and to which state."""
 
     mesh: Mesh
     axes: Axes
@@ -114,7 +115,7 @@ def run(
         return [s.to(narrow) for s in run(plain, [s.to(wide) for s in shards], by, backward)]
     if verb in MOVES and record.LOGS:
         record.collective(
-            verb,  # type: ignore[arg-type]
+            verb,  # pyright: ignore
             mesh,
             axes,
             shards[0],
@@ -128,11 +129,11 @@ def run(
     if verb == "all_reduce":
         return comm.all_reduce(shards, axes)
     if verb == "all_gather":
-        return comm.all_gather(shards, axes, step.before)  # type: ignore[arg-type]
+        return comm.all_gather(shards, axes, step.before)  # pyright: ignore
     if verb == "reduce_scatter":
-        return comm.reduce_scatter(shards, axes, step.after)  # type: ignore[arg-type]
+        return comm.reduce_scatter(shards, axes, step.after)  # pyright: ignore
     if verb == "all_to_all":
-        return comm.all_to_all(shards, axes, step.after, step.before)  # type: ignore[arg-type]
+        return comm.all_to_all(shards, axes, step.after, step.before)  # pyright: ignore
     places = mesh.positions(axes)
     if verb == "keep":
         return [
@@ -141,10 +142,10 @@ def run(
         ]
     n = mesh.group_size(axes)
     if verb == "slice":
-        dim: int = step.after  # type: ignore[assignment]
+        dim: int = step.after  # pyright: ignore
         size = shards[0].shape[dim] // n
         return [s.narrow(dim, p * size, size) for s, p in zip(shards, places, strict=True)]
-    return [_placed(s, step.before, p, n) for s, p in zip(shards, places, strict=True)]  # type: ignore[arg-type]
+    return [_placed(s, step.before, p, n) for s, p in zip(shards, places, strict=True)]  # pyright: ignore
 
 
 def _placed(block: Tensor, dim: int, place: int, n: int) -> Tensor:
@@ -186,7 +187,8 @@ class Convert(torch.autograd.Function):
         return tuple(convert_shards(step.shifted(), front, by, backward)), (0,) * len(shards)
 
 
-_apply = super(torch.autograd.Function, Convert).apply  # pyright: ignore  # the C apply: no signature binding
+# the C apply: no signature binding
+_apply = super(torch.autograd.Function, Convert).apply  # pyright: ignore
 _functorch = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
@@ -197,25 +199,25 @@ def convert_shards(
 ) -> Sequence[Tensor]:
     """A differentiable step on shards."""
     if _functorch():
-        return Convert.apply(step, by, backward, *shards)  # type: ignore[no-any-return]
+        return Convert.apply(step, by, backward, *shards)
     if (
         _grad_enabled() and any(s.requires_grad for s in shards)
     ) or _forward_ad._current_level >= 0:
-        return _apply(step, by, backward, *shards)  # type: ignore[no-any-return]
+        return _apply(step, by, backward, *shards)
     return run(step, shards, by, backward)
 
 
 def planned(
     kind: Type, axes: Axes, to: State, reduce_dtype: torch.dtype | None = None
 ) -> tuple[Step, Type] | None:
-    """The step and the new type of one conversion, or None if there is nothing to do; cached on the type.
+    """The step and the new type of a conversion, or None if it does nothing; cached on the type.
 
     Raises:
         LayoutError: a mixed set of axes, an axis that is not last on its dim, an indivisible dim.
     """
     key = (axes, to, reduce_dtype)
     if key in kind.moves:
-        return kind.moves[key]  # type: ignore[no-any-return]
+        return kind.moves[key]
     layout = kind.layout
     kind.mesh.check_axes(axes)
     states: set[State] = {layout.state(a) for a in axes}
@@ -280,8 +282,8 @@ def convert(
         save: of a gather: "gathered" keeps the whole for backward, "shard" gathers again there.
         reduce_dtype: in which sums are taken, forward and backward; None keeps the tensor's own.
 
-    Cost: the row's collective (see `docs/layouts.md`). Gradient: the dual row. A conversion that moves
-    nothing is remembered, so that many readers of one tensor cost one backward all_reduce.
+    Cost: the row's collective (see `docs/layouts.md`). Gradient: the dual row. A conversion that
+    moves nothing is remembered, so that many readers of one tensor cost one backward all_reduce.
 
     Raises:
         LayoutError: no such row, or an indivisible dim.
@@ -348,7 +350,8 @@ def _noted(x: ShardedTensor, step: Step, by: record.Context) -> record.Context:
     """The context with the parameter's path; warns when the same tensor moves twice."""
     path = getattr(x, "_path", None)
     if step.verb in ("all_gather", "all_reduce") and step.mesh.group_size(step.axes) > 1:
-        what = f"{x} is {'gathered' if step.verb == 'all_gather' else 'reduced'} over {'/'.join(step.axes)}"
+        done = "gathered" if step.verb == "all_gather" else "reduced"
+        what = f"{x} is {done} over {'/'.join(step.axes)}"
         record.moved_twice((id(x._shards[0]), step.axes, step.verb), what, x._shards[0])
     return by._replace(path=path) if path is not None and by.path is None else by
 

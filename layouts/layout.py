@@ -1,8 +1,9 @@
-"""`Layout`: where a tensor's numbers are, as an interned value. Which axes cut each dim; the state of the rest.
+"""`Layout`: where a tensor's numbers are, as an interned value.
 
-On every mesh axis a tensor is in one state: sharded on a dim (an int here), "replicated", "unreduced",
-"reduced", or, inside `shard_map` and `vmap` only, "varying": differing per device with no claim how.
-The dual, the layout of the cotangent, swaps unreduced and reduced and keeps the others.
+Which axes cut each dim; the state of the rest. On every mesh axis a tensor is in one state: sharded
+on a dim (an int here), "replicated", "unreduced", "reduced", or, inside `shard_map` and `vmap`
+only, "varying": differing per device with no claim how. The dual, the layout of the cotangent,
+swaps unreduced and reduced and keeps the others.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Layout:
     """
 
     __slots__ = (
-        "_dual", "_states", "_text", "at", "dims", "memory", "ndim", "reduced", "unreduced", "varying"
+        "_dual", "_states", "_text", "at", "dims", "memory", "ndim", "reduced", "unreduced",
+        "varying",
     )  # fmt: skip
 
     dims: Dims
@@ -64,6 +66,7 @@ class Layout:
     memory: Literal["device", "host", "disk"]
     at: Mapping[str, tuple[int, ...]]
     ndim: int
+    _dual: Layout | None  # found when it is first asked for
 
     def __new__(cls, text: str | Layout, ndim: int | None = None) -> Layout:
         """The one layout that the text means."""
@@ -121,7 +124,8 @@ class Layout:
         lead = f"{what}: " if what else ""
         if len(shape) != self.ndim:
             raise LayoutError(
-                f"{lead}layout '{self}' speaks of {self.ndim} dims, but the tensor has {len(shape)}: "
+                f"{lead}layout '{self}' speaks of {self.ndim} dims, "
+                f"but the tensor has {len(shape)}: "
                 f"{tuple(shape)}",
                 kind="parse",
             )
@@ -131,7 +135,8 @@ class Layout:
             if over > 1 and size % over:
                 raise LayoutError(
                     f"{lead}dim {dim} of size {size} is not divisible by axis "
-                    f"{'/'.join(axes)!r} of size {over} (shape {tuple(shape)}, layout '{self}', on {mesh})"
+                    f"{'/'.join(axes)!r} of size {over} "
+                    f"(shape {tuple(shape)}, layout '{self}', on {mesh})"
                     f"\npad it: layouts.pad_to_multiple(x, {dim}, {over})",
                     kind="indivisible",
                 )
@@ -180,7 +185,7 @@ def make(
         self = object.__new__(Layout)
         self.dims, self.ndim = dims, len(dims)
         self.unreduced, self.reduced, self.varying = unreduced, reduced, varying
-        self.memory = memory  # type: ignore[assignment]
+        self.memory = memory  # pyright: ignore
         self.at = MappingProxyType(dict(places))
         states: dict[str, State] = {a: i for i, axes in enumerate(dims) for a in axes}
         states.update(dict.fromkeys(unreduced, "unreduced"))
@@ -225,14 +230,15 @@ def resolve(
 ) -> Layout:
     """The layout a string means for a tensor with `ndim` dims that now has layout `has`.
 
-    Without "..." an axis not mentioned is replicated. With it, the dims that it stands for and the axes
-    that nobody mentions keep what they have in `has` (nothing, for a new tensor); an axis that the string
-    names elsewhere leaves them. `.../axis` cuts the first of those dims that the axis divides, given
-    `shape` and `mesh`. Inside vmap an axis of the mapped dim is invisible: no string moves it.
+    Without "..." an axis not mentioned is replicated. With it, the dims that it stands for and the
+    axes that nobody mentions keep what they have in `has` (nothing, for a new tensor); an axis that
+    the string names elsewhere leaves them. `.../axis` cuts the first of those dims that the axis
+    divides, given `shape` and `mesh`. Inside vmap an axis of the mapped dim is invisible: no string
+    moves it.
     """
     mapped = has.varying & MAPPED.get() if has is not None and has.varying else None
     if mapped:
-        found = resolve(text, ndim, make(has.dims, has.unreduced, has.reduced), shape, mesh)  # type: ignore[union-attr]
+        found = resolve(text, ndim, make(has.dims, has.unreduced, has.reduced), shape, mesh)  # pyright: ignore
         for axis in mapped:
             found = with_state(found, axis, "varying")
         return found

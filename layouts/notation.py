@@ -1,4 +1,6 @@
-"""The layout grammar: text to its parts and back. One grammar for input, printing, files and errors.
+"""The layout grammar: text to its parts and back.
+
+One grammar for input, printing, files and errors.
 
 layout  =  item*  states*  place*
 item    =  name axes | "..." axes          name: identifier, "_" or a number, for the reader only
@@ -29,7 +31,10 @@ _PLACE = re.compile(r"@(?:(?P<memory>host|disk)|(?P<axis>[A-Za-z_]\w*)=(?P<at>-?
 
 @dataclass(frozen=True)
 class Parsed:
-    """A layout string's parts. `rest` is the position of "...", or None; `rest_axes` what follows it."""
+    """A layout string's parts.
+
+    `rest` is the position of "...", or None; `rest_axes` what follows it.
+    """
 
     names: tuple[str, ...]
     dims: Dims
@@ -122,7 +127,8 @@ def check(dims: Dims, states: dict[str, set[str]], text: str) -> None:
     for letter, axes_ in states.items():
         for axis in sorted(axes_ & set(seen)):
             raise LayoutError(
-                f"layout {text!r}: axis {axis!r} is used twice, by dim {seen[axis]} and {{{letter}:{axis}}}",
+                f"layout {text!r}: axis {axis!r} is used twice, "
+                f"by dim {seen[axis]} and {{{letter}:{axis}}}",
                 kind="parse",
             )
 

@@ -103,7 +103,7 @@ class Permute(torch.autograd.Function):
 
 
 # The C apply, which skips the binding of the signature.
-_apply = super(torch.autograd.Function, Permute).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, Permute).apply  # pyright: ignore
 
 
 def permuted(
@@ -111,11 +111,11 @@ def permuted(
 ) -> Sequence[Tensor]:
     """A differentiable permutation: a node on every device, so that all meet in the backward."""
     if _functorch():
-        return Permute.apply(shift, by, backward, *shards)  # type: ignore[no-any-return]
+        return Permute.apply(shift, by, backward, *shards)
     if (
         _grad_enabled() and any(s.requires_grad for s in shards)
     ) or _forward_ad._current_level >= 0:
-        return _apply(shift, by, backward, *shards)  # type: ignore[no-any-return]
+        return _apply(shift, by, backward, *shards)
     return run(shift, shards, by, backward)
 
 

@@ -1,8 +1,8 @@
 """From plain values to ShardedTensors: by global value, by local blocks, by a callback per block.
 
-`shard` takes the *global* value, equal in every process; under torchrun the first call of each source line
-compares a checksum. A value that needs a gradient is not differentiated through: gradients are asked of
-ShardedTensors, by `value_and_grad`.
+`shard` takes the *global* value, equal in every process; under torchrun the first call of each
+source line compares a checksum. A value that needs a gradient is not differentiated through:
+gradients are asked of ShardedTensors, by `value_and_grad`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def shard(x: Any, mesh: Mesh, layout: Any = "...") -> Any:
     """Global values placed on a mesh.
 
     Args:
-        x: a tensor, array or number, or a tree of them: the global value, the same in every process.
+        x: a tensor, array or number, or a tree of them: the global value, the same in every
+            process.
         mesh: where to.
         layout: one layout for all leaves, or a tree of them; "..." is replicated.
 
@@ -96,7 +97,8 @@ def from_local(shards: Tensor | Sequence[Tensor], mesh: Mesh, layout: LayoutLike
         LayoutError: shapes or dtypes that differ between devices, a wrong number of shards or dims.
 
     >>> import torch, shardwise as sw
-    >>> sw.from_local([torch.ones(2), torch.ones(2)], sw.make_mesh({"data": 2}), "n/data").full_tensor()
+    >>> mesh = sw.make_mesh({"data": 2})
+    >>> sw.from_local([torch.ones(2), torch.ones(2)], mesh, "n/data").full_tensor()
     tensor([1., 1., 1., 1.])
     """
     blocks = [shards] if isinstance(shards, Tensor) else list(shards)
@@ -111,7 +113,8 @@ def from_local(shards: Tensor | Sequence[Tensor], mesh: Mesh, layout: LayoutLike
     if odd:
         raise LayoutError(
             word(
-                f"the shards must have one shape and dtype, but shard {odd[0]} differs from shard 0",
+                "the shards must have one shape and dtype, "
+                f"but shard {odd[0]} differs from shard 0",
                 op="from_local",
                 source=user_line(),
                 operands=[
@@ -152,7 +155,8 @@ def from_callback(
     """A ShardedTensor whose blocks are asked for one by one, by their global index.
 
     Args:
-        fn: global index (one slice per dim) to that block; called once per distinct block held here.
+        fn: global index (one slice per dim) to that block; called once per distinct block held
+            here.
         shape: global shape.
         mesh: where to.
         layout: replicated by default; unreduced axes get the value on their first device.
@@ -183,7 +187,8 @@ def from_callback(
             block = torch.as_tensor(fn(index))
             if tuple(block.shape) != local:
                 raise LayoutError(
-                    f"from_callback: fn gave shape {tuple(block.shape)} for index {index}, expected {local}"
+                    f"from_callback: fn gave shape {tuple(block.shape)} for index {index}, "
+                    f"expected {local}"
                 )
             made[key] = block.detach().to(device=mesh.shard_device, dtype=dtype or block.dtype)
         block = made[key]
@@ -266,4 +271,4 @@ def pad_to_multiple(x: ShardedTensor | Tensor, dim: int, multiple: int) -> Any:
     if not extra:
         return x
     widths = [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, extra]
-    return torch.nn.functional.pad(x, widths)  # type: ignore[arg-type]
+    return torch.nn.functional.pad(x, widths)  # pyright: ignore

@@ -1,8 +1,9 @@
 """`reshard`: the cheapest sequence of conversions from one layout to another.
 
-A shortest-path search over layouts. Edges are the rows of the conversion table, each over one axis or a joint
-set; a path's length is (elements moved per device, number of steps). No layout on the way may hold more per
-device than the larger of the two ends, unless no such path exists. Routes are cached on the type.
+A shortest-path search over layouts. Edges are the rows of the conversion table, each over one axis
+or a joint set; a path's length is (elements moved per device, number of steps). No layout on the
+way may hold more per device than the larger of the two ends, unless no such path exists. Routes are
+cached on the type.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def find_route(kind: Type, target: Layout) -> Route | None:
     key = ("route", target)
     if key not in kind.moves:
         kind.moves[key] = _single(kind, target) or _search(kind, target)
-    return kind.moves[key]  # type: ignore[no-any-return]
+    return kind.moves[key]
 
 
 def _single(kind: Type, target: Layout) -> Route | None:
@@ -121,7 +122,7 @@ def _active(now: Layout, target: Layout, mesh: Mesh) -> frozenset[str]:
 def _moves(
     layout: Layout, target: Layout, active: frozenset[str]
 ) -> Iterator[tuple[Axes, State, tuple[str, str]]]:
-    """Conversions worth trying from here: over one active axis, or over a joint set with one end."""
+    """Conversions worth trying here: over one active axis, or over a joint set with one end."""
     for dim, here in enumerate(layout.dims):
         for take in range(1, len(here) + 1):
             axes = here[-take:]
@@ -232,14 +233,15 @@ def reshard(
 
     Args:
         x: a ShardedTensor or a tree of them.
-        layout: a layout for all leaves, or a tree of layouts. "..." keeps the dims that it stands for and
-            the states of axes that nobody names.
+        layout: a layout for all leaves, or a tree of layouts. "..." keeps the dims that it stands
+            for and the states of axes that nobody names.
         mesh: another mesh to move to; None stays.
-        save: what a gather keeps for backward: "gathered" the whole, "shard" the block (it gathers again).
+        save: what a gather keeps for backward: "gathered" the whole, "shard" the block (it gathers
+            again).
         reduce_dtype: in which sums are taken on the way, forward and backward.
 
-    Cost: the fewest bytes, then the fewest steps, among all sequences of conversions that hold no more per
-    device than the larger end. Gradient: the dual route.
+    Cost: the fewest bytes, then the fewest steps, among all sequences of conversions that hold no
+    more per device than the larger end. Gradient: the dual route.
 
     Raises:
         LayoutError: an indivisible dim, a wrong number of dims, a bad string.
@@ -268,7 +270,8 @@ def _place(x: ShardedTensor, memory: str) -> ShardedTensor:
     """Move shards between device and host memory."""
     if memory == "disk":
         raise LayoutError(
-            f"reshard: {x} cannot be put on disk: there is no disk store in this version; use @host",
+            f"reshard: {x} cannot be put on disk: "
+            "there is no disk store in this version; use @host",
             kind="no rule",
         )
     where = x.mesh.shard_device if memory == "device" else torch.device("cpu")
@@ -302,7 +305,7 @@ class _Remesh(torch.autograd.Function):
             None,
             None,
             *_Remesh.apply(source, ctx.before.with_layout(ctx.before.layout.dual), *grads),
-        )  # type: ignore[misc]
+        )
 
 
 def _remesh(x: ShardedTensor, layout: Layout, mesh: Mesh) -> ShardedTensor:
@@ -310,14 +313,15 @@ def _remesh(x: ShardedTensor, layout: Layout, mesh: Mesh) -> ShardedTensor:
         raise MeshError(f"reshard: {x.mesh} is {x.mesh.transport}, {mesh} is {mesh.transport}")
     if x.mesh.is_outside or mesh.is_outside or set(mesh.ranks) - set(x.mesh.ranks):
         raise MeshError(
-            f"reshard: {mesh} has devices that {x.mesh} has not; move through a mesh that holds both"
+            f"reshard: {mesh} has devices that {x.mesh} has not; "
+            "move through a mesh that holds both"
         )
     after = make_type(mesh, layout, x.shape, x.dtype, x._type.grad and torch.is_grad_enabled())
-    return ShardedTensor(tuple(_Remesh.apply(x._type, after, *x._shards)), after)  # type: ignore[misc]
+    return ShardedTensor(tuple(_Remesh.apply(x._type, after, *x._shards)), after)
 
 
 def whole(x: ShardedTensor) -> Tensor:
-    """The global value, gathered without gradient; replicas must agree where one process holds several."""
+    """The global value, gathered without gradient; replicas held by one process must agree."""
     layout = x.layout
     if layout.varying:
         raise LayoutError(f"{x} differs over {sorted(layout.varying)}: it has no global value")
@@ -353,7 +357,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 def cut(value: Tensor, mesh: Mesh, layout: Layout) -> list[Tensor]:
-    """This process's shards of a global value: blocks; zeros off the first device of unreduced axes."""
+    """This process's blocks of a global value; zeros off the first device of unreduced axes."""
     shape = tuple(value.shape)
     owed = tuple(sorted(layout.unreduced))
     places = mesh.positions(owed)
@@ -383,7 +387,7 @@ def full_tensor(x: ShardedTensor) -> Tensor:
     if x.mesh.is_outside:
         raise MeshError(f"full_tensor: this process holds no device of {x.mesh}")
     with record.acting("full_tensor", "value"):
-        return _Whole.apply(x._type, *x._shards) if x._type.grad else whole(x)  # type: ignore[no-any-return]
+        return _Whole.apply(x._type, *x._shards) if x._type.grad else whole(x)
 
 
 HELPERS["full_tensor"] = full_tensor

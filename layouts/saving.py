@@ -1,8 +1,9 @@
-"""What a gather keeps for backward: with `save="shard"` the shard, gathered again when it is needed.
+"""What a gather keeps for backward: with `save="shard"` the shard, gathered again if needed.
 
-Autograd saves the *gathered* tensor in whatever op reads it. While a `value_and_grad` is open and a gather
-asked for "shard", saved-tensor hooks recognise the storage of its result and save a recipe instead: the
-source shards, the step, and the view's geometry. The second gather is recorded in the phase "regather".
+Autograd saves the *gathered* tensor in whatever op reads it. While a `value_and_grad` is open and a
+gather asked for "shard", saved-tensor hooks recognise the storage of its result and save a recipe
+instead: the source shards, the step, and the view's geometry. The second gather is recorded in the
+phase "regather".
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _Recipe:
         waiting[1] -= 1
         if not waiting[1]:
             del self.ready[number]
-        return waiting[0]  # type: ignore[no-any-return]
+        return waiting[0]
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""`ShardedTensor`: shards and their type. The type, (mesh, layout, global shape, dtype, grad), is interned.
+"""`ShardedTensor`: shards and their type.
 
-A plain object, not a `torch.Tensor` subclass: its layout survives `torch.func`, and an op costs one dict
-lookup keyed by the operands' types. To every tree function it is a leaf; only the library opens it, by an
-optree registration in the namespace "shardwise".
+The type, (mesh, layout, global shape, dtype, grad), is interned. A plain object, not a
+`torch.Tensor` subclass: its layout survives `torch.func`, and an op costs one dict lookup keyed by
+the operands' types. To every tree function it is a leaf; only the library opens it, by an optree
+registration in the namespace "shardwise".
 
-Operators and methods are not written here: `ops` installs each op that has a rule (`install`), so a name
-that nobody installed is exactly an op without a rule, and says so.
+Operators and methods are not written here: `ops` installs each op that has a rule (`install`), so a
+name that nobody installed is exactly an op without a rule, and says so.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from .layout import Layout
 
 DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
-    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2", torch.int64: "i64", torch.int32: "i32",
-    torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16",
+    torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
     torch.complex64: "c64", torch.complex128: "c128",
 }  # fmt: skip
 _TYPES: dict[tuple[Any, ...], Type] = {}
@@ -150,13 +152,16 @@ else:
 
 
 class ShardedTensor(_Installed):
-    """A tensor cut, repeated or summed over a mesh as its layout says. Made by `shard`, `full`, ops.
+    """A tensor cut, repeated or summed over a mesh as its layout says.
+
+    Made by `shard`, `full`, ops.
 
     Attributes:
         shape: global shape.
         layout: where the numbers are.
         mesh: the devices.
-        shards: the local tensors that this process holds: N simulated, 1 distributed, 1 meta abstract.
+        shards: the local tensors that this process holds: N simulated, 1 distributed, 1 meta
+            abstract.
 
     >>> import torch, shardwise as sw
     >>> x = sw.shard(torch.arange(8.0).reshape(2, 4), sw.make_mesh({"data": 2}), "b/data d")
@@ -229,7 +234,8 @@ class ShardedTensor(_Installed):
     def full_tensor(self) -> Tensor:
         """The global value, on every process: a collective, so every process must call it.
 
-        Cost: an all_gather of each cut dim, an all_reduce of each owed sum. Asserts that replicas agree.
+        Cost: an all_gather of each cut dim, an all_reduce of each owed sum. Asserts that replicas
+        agree.
 
         >>> import shardwise as sw
         >>> sw.full((4,), 1.0, sw.make_mesh({"data": 2}), "n/data").full_tensor()
@@ -309,7 +315,8 @@ class ShardedTensor(_Installed):
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
         raise TypeError(
-            "nothing is written in place: build the new tensor with ops.where, ops.cat or scatter_add"
+            "nothing is written in place: "
+            "build the new tensor with ops.where, ops.cat or scatter_add"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -372,7 +379,10 @@ def scalar(x: ShardedTensor, what: str) -> Any:
     layout = x.layout
     if x.numel() != 1 or layout.unreduced or layout.varying or any(layout.dims):
         if layout.unreduced:
-            verdict = f"the value is still a sum over {sorted(layout.unreduced)}; each device holds a part"
+            verdict = (
+                f"the value is still a sum over {sorted(layout.unreduced)}; "
+                "each device holds a part"
+            )
         elif layout.varying:
             verdict = (
                 f"the value differs over {sorted(layout.varying)}; no one number stands for it"
@@ -422,9 +432,10 @@ def _unflatten(kind: Type, shards: Sequence[Tensor]) -> ShardedTensor:
     for shard in shards:
         if isinstance(shard, Tensor) and shard.shape != kind.local_shape:
             raise LayoutError(
-                f"a shard of {kind} has shape {tuple(shard.shape)}, expected {tuple(kind.local_shape)}"
+                f"a shard of {kind} has shape {tuple(shard.shape)}, "
+                f"expected {tuple(kind.local_shape)}"
             )
     return ShardedTensor(tuple(shards), kind)
 
 
-optree.register_pytree_node(ShardedTensor, _flatten, _unflatten, namespace="shardwise")  # type: ignore[arg-type]
+optree.register_pytree_node(ShardedTensor, _flatten, _unflatten, namespace="shardwise")  # pyright: ignore

@@ -1,12 +1,14 @@
 """`Strategy`: a table of role -> layout, and nothing else. Parallelism is written in its rows.
 
-A *role* is the name of a tensor: a parameter's last key, or an activation's name in the code. `rest` says how a
-parameter is stored, `compute` how it is used, `activations` how the tensors between ops lie. An exact role beats
-a pattern. Rows speak of a parameter's own dims; the dims that stacking added come from options.
+A *role* is the name of a tensor: a parameter's last key, or an activation's name in the code.
+`rest` says how a parameter is stored, `compute` how it is used, `activations` how the tensors
+between ops lie. An exact role beats a pattern. Rows speak of a parameter's own dims; the dims that
+stacking added come from options.
 
-Two strategies multiply: rows are joined by dim name, axes of the first before axes of the second, states
-united. A "*" row joins every row: `batch/data ...` touches the rows that have a dim of that name,
-`... {R:data}` all, and `.../data` cuts the first dim that the axis divides, behind what cuts it already.
+Two strategies multiply: rows are joined by dim name, axes of the first before axes of the second,
+states united. A "*" row joins every row: `batch/data ...` touches the rows that have a dim of that
+name, `... {R:data}` all, and `.../data` cuts the first dim that the axis divides, behind what cuts
+it already.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a 
     "recompute": ("none", "cheap", "all"),
 }
 DEFAULTS = {
-    "layer": "", "save": "gathered", "matmul": "direct", "attention": "local", "order": "contiguous",
-    "tied": "per_use", "recompute": "none",
+    "layer": "", "save": "gathered", "matmul": "direct", "attention": "local",
+    "order": "contiguous", "tied": "per_use", "recompute": "none",
 }  # fmt: skip
 
 
@@ -137,8 +139,8 @@ class Strategy:
     def use(self, params: Any) -> Any:
         """Parameters as their ops want them: in the compute dtype and the compute row, by role.
 
-        What is already there is left alone. Cost: an all_gather of each dim that only `rest` cuts; a cast
-        to reduced moves nothing here and all_reduces the gradient in the backward.
+        What is already there is left alone. Cost: an all_gather of each dim that only `rest` cuts;
+        a cast to reduced moves nothing here and all_reduces the gradient in the backward.
         """
         paths, leaves, spec = optree.tree_flatten_with_path(params, none_is_leaf=True)
         used = [
@@ -160,7 +162,7 @@ class Strategy:
             leaf,
             to,
             save=save,
-            reduce_dtype=wide if wide != leaf.dtype else None,  # type: ignore[arg-type]
+            reduce_dtype=wide if wide != leaf.dtype else None,
         )
 
     def layouts(self, declaration: Any, sizes: Any, mesh: Mesh) -> Any:
@@ -258,7 +260,10 @@ def find_row(table: Table, role: str, name: str) -> str:
 
 
 def row_layout(row: str, shape: Any, mesh: Mesh, has: Layout | None, what: str = "") -> Layout:
-    """A row resolved on a shape. `.../axis` beside spoken dims cuts the first dim that the axis divides."""
+    """A row resolved on a shape.
+
+    `.../axis` beside spoken dims cuts the first dim that the axis divides.
+    """
     parsed = notation.parse(row)
     ndim = len(shape)
     if parsed.rest is None or len(parsed.dims) < ndim or not parsed.rest_axes:
@@ -278,7 +283,8 @@ def row_layout(row: str, shape: Any, mesh: Mesh, has: Layout | None, what: str =
                 break
         else:
             raise LayoutError(
-                f"{what}: axis {axis!r} of size {mesh.axes[axis]} divides no dim of {tuple(shape)} under '{row}'",
+                f"{what}: axis {axis!r} of size {mesh.axes[axis]} divides no dim of "
+                f"{tuple(shape)} under '{row}'",
                 kind="indivisible",
             )
     return make(

@@ -1,7 +1,7 @@
-"""Trees of tensors: nested dicts, lists, tuples and NamedTuples, in which a ShardedTensor is a leaf.
+"""Trees of tensors: nested dicts, lists, tuples and NamedTuples, a ShardedTensor being a leaf.
 
-None is a leaf and is kept. Paths such as "blocks.w_up" or "layers.0.bias" are checkpoint keys, mask arguments and
-the names in errors.
+None is a leaf and is kept. Paths such as "blocks.w_up" or "layers.0.bias" are checkpoint keys, mask
+arguments and the names in errors.
 """
 
 from __future__ import annotations

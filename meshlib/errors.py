@@ -1,8 +1,8 @@
 """The two error classes of the library, and the one function that words a layout problem.
 
-Every message has the same five parts: the op with the user's line and the verdict, the operands with
-their full types, the mesh, and numbered fixes with their cost. `layouts` and `ops` say what is wrong;
-this file only puts it into words.
+Every message has the same five parts: the op with the user's line and the verdict, the operands
+with their full types, the mesh, and numbered fixes with their cost. `layouts` and `ops` say what is
+wrong; this file only puts it into words.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ class LayoutError(ValueError):
     """Trouble with a layout; `kind` says which sort, `fixes` how to go on.
 
     Attributes:
-        kind: "choice" (several meanings, name one), "meaningless" (no layout makes it right), "no rule"
-            (the library has no rule for the op), "indivisible", "unreduced", "drift", "donated", "parse".
+        kind: "choice" (several meanings, name one), "meaningless" (no layout makes it right), "no
+            rule" (the library has no rule for the op), "indivisible", "unreduced", "drift",
+            "donated", "parse".
         op: the op's name, "" where there is none.
         source: the user's line, as "train.py:12".
         fixes: expressions that were tried by the planner, cheapest first.
 
     >>> import shardwise as sw
-    >>> sw.Layout("batch/data seq/data")
+    >>> sw.Layout("b/x s/x")
     Traceback (most recent call last):
     ...
-    shardwise.meshlib.errors.LayoutError: layout 'batch/data seq/data': axis 'data' is used twice, by dims 0 and 1
+    shardwise.meshlib.errors.LayoutError: layout 'b/x s/x': axis 'x' is used twice, by dims 0 and 1
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Meshes: named grids of devices. An axis has a name and a size; everything else is by name.
 
-A `Mesh` is immutable and interned: the same axes over the same devices by the same transport are the same
-object, so layouts, plans and caches compare meshes with `is`. Device numbers count in axis order, major to
-minor. A process that holds none of a sub-mesh's devices keeps one *meta* shard of each tensor there, so that
-the program types and runs everywhere and nothing moves.
+A `Mesh` is immutable and interned: the same axes over the same devices by the same transport are
+the same object, so layouts, plans and caches compare meshes with `is`. Device numbers count in axis
+order, major to minor. A process that holds none of a sub-mesh's devices keeps one *meta* shard of
+each tensor there, so that the program types and runs everywhere and nothing moves.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Mesh:
 
     @property
     def shard_device(self) -> torch.device:
-        """Where shards really lie: the device, or "meta" on an abstract mesh and outside a sub-mesh."""
+        """Where shards lie: the device, or "meta" on an abstract mesh or outside a sub-mesh."""
         meta = self.transport == "abstract" or self.is_outside
         return torch.device("meta") if meta else self.device
 
@@ -226,12 +226,13 @@ def make_mesh(
     """A mesh with named axes, major to minor.
 
     Args:
-        axes: name to size. One size may be -1: what the world size leaves (1 on a simulated or abstract mesh).
-        transport: None takes "distributed" in a process that torchrun started, else "simulated": all
-            devices in this process. "abstract" holds shapes only and may be of any size.
+        axes: name to size. One size may be -1: what the world size leaves (1 on a simulated or
+            abstract mesh).
+        transport: None takes "distributed" in a process that torchrun started, else "simulated":
+            all devices in this process. "abstract" holds shapes only and may be of any size.
         device: where shards live; None takes the GPU if there is one.
-        check: compare op, axis, shape, dtype and number of every collective between ranks before it runs.
-            Slow; a distributed mesh only, ignored elsewhere.
+        check: compare op, axis, shape, dtype and number of every collective between ranks before it
+            runs. Slow; a distributed mesh only, ignored elsewhere.
 
     Raises:
         MeshError: a bad name or size; or a product that is not the world size.

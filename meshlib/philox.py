@@ -372,7 +372,7 @@ def _upper(product: Tensor) -> Tensor:
 
 _inverse_normal_cdf = cast(
     Callable[[Tensor], Tensor],
-    torch.special.ndtri,  # pyright: ignore[reportUnknownMemberType] (not in torch's stubs)
+    torch.special.ndtri,
 )
 
 

@@ -1,7 +1,7 @@
 """The log: which collectives and ops ran, on which axis, how many bytes, at whose line and why.
 
-`layouts` and `ops` write here at the moment data moves or an op runs; `ops/plan.py` reads it into a `Plan`.
-Nothing is written, and nothing but one truth test is paid, while no log is open.
+`layouts` and `ops` write here at the moment data moves or an op runs; `ops/plan.py` reads it into a
+`Plan`. Nothing is written, and nothing but one truth test is paid, while no log is open.
 
 Ring convention, per device: all_gather and reduce_scatter of a full tensor of V over n devices move
 (n-1)/n V, all_reduce 2(n-1)/n V, all_to_all (n-1)/n of the local buffer, permute and broadcast V.
@@ -44,7 +44,8 @@ class Collective:
         kind: which of the six.
         axes: mesh axes of the group; several form one joint group.
         size: devices in the group.
-        elements: moved per device, ring convention; whole numbers but for tensors smaller than the group.
+        elements: moved per device, ring convention; whole numbers but for tensors smaller than the
+            group.
         bytes: `elements` times the item size.
         dtype: of what is moved.
         shape: of the local operand.
@@ -86,7 +87,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class OpRecord:
-    """One op as it ran: the types in and out, as printed, and its FLOPs per device (0 if unknown)."""
+    """One op as it ran: the types in and out, as printed; FLOPs per device (0 if unknown)."""
 
     name: str
     source: str
@@ -97,7 +98,7 @@ class OpRecord:
 
 
 class Context(NamedTuple):
-    """Who is acting: an op, its line and its reason; carried into the backward by each conversion."""
+    """Who acts: an op, its line and its reason; each conversion carries it into the backward."""
 
     op: str = ""
     source: str = ""

@@ -1,6 +1,7 @@
 """N devices in one process: shards in a list, collectives as exact moves between list entries.
 
-Sums run in order of position, so results are bitwise repeatable. Replicated results alias one tensor.
+Sums run in order of position, so results are bitwise repeatable. Replicated results alias one
+tensor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where the user is: the line that called us, and how it spells the operands.
 
-Both are read from the running frame, only when an error is worded or a record is open. A frame is the
-user's unless its file lies in one of the library's inner folders or in torch; `models/` counts as a user.
+Both are read from the running frame, only when an error is worded or a record is open. A frame is
+the user's unless its file lies in one of the library's inner folders or in torch; `models/` counts
+as a user.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FOREIGN = (os.sep + "torch" + os.sep, os.sep + "optree" + os.sep, os.sep + "ein
 
 @dataclass(frozen=True)
 class Call:
-    """The user's expression: its text, and the text and place of each operand in it (or nothing)."""
+    """The user's expression: its text, and text and place of each operand in it (or nothing)."""
 
     line: str
     text: str = ""

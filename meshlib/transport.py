@@ -1,13 +1,13 @@
 """What a transport owes: six collectives over the axes of one mesh, nothing else.
 
-A transport works on the *list of shards that this process holds*: all N of a simulated mesh, one of a
-distributed mesh, one representative of an abstract mesh. It knows nothing of layouts, gradients or
-records. Each call names mesh axes major to minor: devices that differ only on those axes form one group,
-and a device's position in it is its mixed-radix index over the axes in the order given. Blocks along a
-tensor dim lie in that order, so `dim/x/y` gathers with axes ("x", "y").
+A transport works on the *list of shards that this process holds*: all N of a simulated mesh, one of
+a distributed mesh, one representative of an abstract mesh. It knows nothing of layouts, gradients
+or records. Each call names mesh axes major to minor: devices that differ only on those axes form
+one group, and a device's position in it is its mixed-radix index over the axes in the order given.
+Blocks along a tensor dim lie in that order, so `dim/x/y` gathers with axes ("x", "y").
 
-No method writes to its inputs, and no result aliases an input; results of one call may alias each other
-only on the simulated transport's all_reduce and all_gather.
+No method writes to its inputs, and no result aliases an input; results of one call may alias each
+other only on the simulated transport's all_reduce and all_gather.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ ReduceOp = Literal["sum", "max", "min"]
 class Transport(Protocol):
     """The collectives of one mesh. Shapes below are those of one shard; n is the group's size."""
 
-    name: Literal["simulated", "distributed", "abstract"]
+    @property
+    def name(self) -> Literal["simulated", "distributed", "abstract"]:
+        """Which transport this is."""
+        ...
 
     def all_reduce(self, shards: Shards, axes: Axes, op: ReduceOp = "sum") -> list[Tensor]:
         """Sum (or max, min) over the group; same shape."""
@@ -46,7 +49,7 @@ class Transport(Protocol):
         ...
 
     def permute(self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Send the shard of position s to position t for each (s, t); zeros where nothing arrives."""
+        """Send the shard of position s to position t for each (s, t); zeros where none arrives."""
         ...
 
     def broadcast(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:

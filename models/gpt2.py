@@ -1,6 +1,8 @@
 """GPT-2: a decoder of pre-norm blocks with learned positions, GELU and a tied head.
 
-Legend: batch, seq, embed, heads, head_dim, ffn, vocab, position, layer are the dims of the roles' rows.
+Legend: batch, seq, embed, heads, head_dim, ffn, vocab, position, layer are the dims of the roles'
+rows.
+
 Reference: Radford et al. 2019, "Language models are unsupervised multitask learners".
 """
 
@@ -95,7 +97,7 @@ def declare(config: GPT2Config) -> dict[str, Any]:
 def block(
     p: Mapping[str, Any], x: ShardedTensor, s: Strategy, config: GPT2Config, key: Key | None
 ) -> ShardedTensor:
-    """Attention and MLP, each on the normed stream and added to it: [batch seq embed] -> the same."""
+    """Attention and MLP, each on the normed stream and added to it: [batch seq embed] -> same."""
     keys = random.split(key, 2) if key is not None and config.dropout else [None, None]
     h = nn.layer_norm(x, p["attn_norm"], p["attn_norm_bias"], eps=config.eps)
     h = reshard(h, s["block_in"])
@@ -153,7 +155,7 @@ def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
             own = random.fold_in(key, number) if key is not None else None
             return (block(s.use(p), x, s, config, own), number + 1), None
 
-        (x, _), _ = scan(layer, (x, 0), params["blocks"], recompute=s.option("recompute"))  # type: ignore[arg-type]
+        (x, _), _ = scan(layer, (x, 0), params["blocks"], recompute=s.option("recompute"))  # pyright: ignore
         last = s.use({k: params[k] for k in ("final_norm", "final_norm_bias")})
         h = nn.layer_norm(x, last["final_norm"], last["final_norm_bias"], eps=config.eps)
         if s.option("tied") == "per_use":
@@ -162,7 +164,7 @@ def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
 
     def loss(params: Mapping[str, Any], batch: Mapping[str, Any], *, key: Key | None = None) -> Any:
         logits = apply(params, batch["tokens"], key=key)
-        return nn.cross_entropy(logits, batch["labels"], classes=config.classes)  # type: ignore[attr-defined]
+        return nn.cross_entropy(logits, batch["labels"], classes=config.classes)  # pyright: ignore
 
     return Model(config, s, declare(config), apply, loss)
 

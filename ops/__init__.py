@@ -55,7 +55,8 @@ for _room in _ROOMS:
         }
     )
 
-# After the rooms: inside shard_map `permute` is the collective; torch's own stays the method x.permute(...).
+# After the rooms: inside shard_map `permute` is the collective; torch's own stays the method
+# x.permute(...).
 from .transforms.collectives import all_gather as all_gather  # noqa: E402
 from .transforms.collectives import all_reduce as all_reduce  # noqa: E402
 from .transforms.collectives import all_to_all as all_to_all  # noqa: E402

@@ -123,4 +123,4 @@ def scaled_dot_product_attention(
     if dropout_p:
         raise ValueError("attention: dropout_p must be 0 here; use nn.dropout with a key")
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    return _ATTENTION(operands, (is_causal, scale, enable_gqa), out, over)  # type: ignore[no-any-return]
+    return _ATTENTION(operands, (is_causal, scale, enable_gqa), out, over)

@@ -1,8 +1,8 @@
 """Brute force against a wrong rule and a missing one: every layout of every operand, in float64.
 
-For each combination of operand states the op runs on a simulated mesh with asymmetric parts of what is
-unreduced, and its value and gradients are compared with the unsharded op's. Cotangents are random; where the
-result is reduced, they are split at random over the devices.
+For each combination of operand states the op runs on a simulated mesh with asymmetric parts of what
+is unreduced, and its value and gradients are compared with the unsharded op's. Cotangents are
+random; where the result is reduced, they are split at random over the devices.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def report(
 
     Args:
         op: takes ShardedTensors; also plain tensors, unless `reference` is given.
-        shapes: global shapes of the operands; every dim a multiple of 6, or 1, to be cut by 2 and 3.
+        shapes: global shapes of the operands; every dim a multiple of 6, or 1, to be cut by 2 and
+            3.
         axes: number of mesh axes, 1 to 3.
         reference: the same on plain tensors.
         operands: makes the values (default: normal numbers).
@@ -134,8 +135,12 @@ def _try(
         for i, v in enumerate(values)
         if differentiable and v.dtype.is_floating_point and i not in no_grad
     ]
-    sharded = [split(v, mesh, to, rng) if v.dtype.is_floating_point else from_local(cut(v, mesh, to), mesh, to)
-               for v, to in zip(values, layouts, strict=True)]  # fmt: skip
+    sharded = [
+        split(v, mesh, to, rng)
+        if v.dtype.is_floating_point
+        else from_local(cut(v, mesh, to), mesh, to)
+        for v, to in zip(values, layouts, strict=True)
+    ]
 
     def partial(*xs: ShardedTensor) -> Any:
         full = list(sharded)
@@ -212,7 +217,7 @@ def _off(a: Tensor, b: Tensor) -> float:
 
 
 def audit(op: Callable[..., Any], shapes: Sequence[Sequence[int]], *, axes: int = 1) -> None:
-    """Compare an op with itself unsharded: every layout of every operand, value and gradient, in float64.
+    """Compare an op with itself unsharded: all layouts, value and gradient, in float64.
 
     Args:
         op: a function of tensors that runs on ShardedTensors and on plain ones (a torch function).

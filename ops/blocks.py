@@ -95,7 +95,7 @@ def _roll_blocks(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTen
         head = permute_shards(head, axes, _ring(n, blocks))
         moved = permute_shards(moved, axes, _ring(n, blocks + 1))
         x = _JOIN((moved, head), (dim, n, size))
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _ring(n: int, steps: int) -> list[tuple[int, int]]:
@@ -161,7 +161,7 @@ def _flip_blocks(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTen
         if axes := x.layout.dims[dim]:
             n = x.mesh.group_size(axes)
             x = permute_shards(x, axes, [(p, n - 1 - p) for p in range(n)])
-    return _FLIP_EACH((x,), static)  # type: ignore[no-any-return]
+    return _FLIP_EACH((x,), static)
 
 
 _FLIP = Op(
@@ -220,14 +220,14 @@ def tril(x: ShardedTensor, diagonal: int = 0, *, out: LayoutLike | None = None) 
             [1., 1.]])
     """
     _matrix("tril", x)
-    return _TRIL((x,), (diagonal,), out)  # type: ignore[no-any-return]
+    return _TRIL((x,), (diagonal,), out)
 
 
 @export(torch.triu, methods=["triu"])
 def triu(x: ShardedTensor, diagonal: int = 0, *, out: LayoutLike | None = None) -> ShardedTensor:
     """The last two dims' upper triangle, zeros below. Nothing moves, however the matrix is cut."""
     _matrix("triu", x)
-    return _TRIU((x,), (diagonal,), out)  # type: ignore[no-any-return]
+    return _TRIU((x,), (diagonal,), out)
 
 
 def _matrix(name: str, x: ShardedTensor) -> None:
@@ -267,7 +267,7 @@ def diagonal(
     a, b = one_dim(dim1, x.ndim), one_dim(dim2, x.ndim)
     if a == b:
         raise ValueError(f"diagonal: dims {dim1} and {dim2} are the same")
-    return _DIAGONAL((x,), (offset, a, b), out)  # type: ignore[no-any-return]
+    return _DIAGONAL((x,), (offset, a, b), out)
 
 
 def _pad_rule(shapes: Any, widths: Ints, mode: str, is_zero: bool) -> Rule:
@@ -331,4 +331,4 @@ def pad(
     if len(widths) % 2 or len(widths) > 2 * x.ndim:
         raise ValueError(f"pad: {widths} must hold a pair for at most {x.ndim} dims")
     is_linear = mode != "constant" or not value
-    return _PAD((x, value or 0), (widths, mode, is_linear), out, over)  # type: ignore[no-any-return]
+    return _PAD((x, value or 0), (widths, mode, is_linear), out, over)

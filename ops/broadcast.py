@@ -67,7 +67,7 @@ def expand(
         or -1 in asked[: max(lead, 0)]
     ):
         raise ValueError(f"expand: {tuple(x.shape)} cannot be broadcast to {asked}")
-    return _EXPAND((x,), (new,), out, over)  # type: ignore[no-any-return]
+    return _EXPAND((x,), (new,), out, over)
 
 
 broadcast_to = expand
@@ -112,13 +112,13 @@ def squeeze(
     """Without the dims of size 1 (those named, or all)."""
     named = range(x.ndim) if dim is None else [one_dim(d, x.ndim) for d in ints((dim,))]
     gone = tuple(d for d in named if x.ndim and x.shape[d] == 1)
-    return _SQUEEZE((x,), (gone,), out)  # type: ignore[no-any-return]
+    return _SQUEEZE((x,), (gone,), out)
 
 
 @export(torch.unsqueeze, methods=["unsqueeze"])
 def unsqueeze(x: ShardedTensor, dim: int, *, out: LayoutLike | None = None) -> ShardedTensor:
     """With a new dim of size 1."""
-    return _UNSQUEEZE((x,), (one_dim(dim, x.ndim + 1),), out)  # type: ignore[no-any-return]
+    return _UNSQUEEZE((x,), (one_dim(dim, x.ndim + 1),), out)
 
 
 def _repeat_rule(shapes: Any, times: Shape) -> Rule:
@@ -145,7 +145,7 @@ def _repeat(x: ShardedTensor, *times: Any, repeats: Any = None) -> ShardedTensor
     asked = ints(times, repeats)
     if len(asked) < x.ndim:
         raise ValueError(f"repeat: {asked} must name at least {x.ndim} dims")
-    return _REPEAT((x,), (asked,))  # type: ignore[no-any-return]
+    return _REPEAT((x,), (asked,))
 
 
 @export(torch.tile, methods=["tile"])
@@ -159,7 +159,7 @@ def tile(
     """`torch.tile`: each dim repeated whole; a cut dim that is tiled is a choice."""
     asked = ints(times, dims)
     asked = (*([1] * (x.ndim - len(asked))), *asked)
-    return _REPEAT((x,), (asked,), out, over)  # type: ignore[no-any-return]
+    return _REPEAT((x,), (asked,), out, over)
 
 
 def _interleave_rule(shapes: Any, dim: int, times: int) -> Rule:
@@ -197,4 +197,4 @@ def repeat_interleave(
         )
     if dim is None:
         x, dim = flatten(x), 0
-    return _INTERLEAVE((x,), (one_dim(dim, x.ndim), int(repeats)), out, over)  # type: ignore[no-any-return]
+    return _INTERLEAVE((x,), (one_dim(dim, x.ndim), int(repeats)), out, over)

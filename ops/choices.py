@@ -1,7 +1,8 @@
 """When the types leave a choice: the error's words, and fixes that the planner itself has tried.
 
-Each fix is a whole expression that can be pasted. It is found by laying the op out in each mode that the axis
-could run in, so its bytes are those that it will move; the backward's are the dual conversions'.
+Each fix is a whole expression that can be pasted. It is found by laying the op out in each mode
+that the axis could run in, so its bytes are those that it will move; the backward's are the dual
+conversions'.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from ..layouts.convert import DUAL, LETTER, TABLE
-from ..layouts.layout import Layout, LayoutLike, with_state
+from ..layouts.layout import Layout, LayoutLike, State, with_state
 from ..layouts.reshard import Route, find_route, moved
 from ..layouts.sharded import ShardedTensor, Type, make_type, write_type
 from ..meshlib.errors import Fix, LayoutError, format_bytes, word
@@ -121,7 +122,7 @@ def _fixes(
 
 
 def _ways(axis: str, modes: list[str], rule: Rule, where: Sequence[dict[str, Spot]]) -> list[str]:
-    """Modes to try for a choice: the operands' own factors; where one alone does not serve, a move elsewhere."""
+    """Modes to try for a choice: the operands' own factors; where one does not serve, a move."""
     return modes if len(modes) > 1 else list(dict.fromkeys([*modes, *elsewhere(axis, rule, where)]))
 
 
@@ -188,7 +189,8 @@ Words = list[tuple[str, str]]  # verb and size
 def costs(kind: Type, route: Route, grad: bool) -> tuple[Words, Words, float]:
     """What a route moves, in words, forward and backward, and its forward bytes.
 
-    The backward of a cast from replicated to reduced is left out: it comes with the operands, not with the choice.
+    The backward of a cast from replicated to reduced is left out: it comes with the operands, not
+    with the choice.
     """
     ahead: Words = []
     behind: Words = []

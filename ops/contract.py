@@ -1,8 +1,8 @@
 """Contractions: einsum, matmul and their kin, lowered to `matmul` on views.
 
-`torch.einsum` copies operands whose contraction has several dims and so hides from autograd what it saves;
-here two operands become one (batched) matmul of permuted, reshaped views. Linear in each operand: a sum that is
-owed in one passes when the others are reduced or undifferentiated.
+`torch.einsum` copies operands whose contraction has several dims and so hides from autograd what it
+saves; here two operands become one (batched) matmul of permuted, reshaped views. Linear in each
+operand: a sum that is owed in one passes when the others are reduced or undifferentiated.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def _einsum_rule(shapes: Sequence[Any], pattern: str) -> Rule:
     for number, (dims, shape) in enumerate(zip(inputs, shapes, strict=True)):
         if len(dims) != len(shape):
             raise ValueError(
-                f"einsum pattern {pattern!r}: operand {number} has {len(shape)} dims, not {len(dims)}"
+                f"einsum pattern {pattern!r}: operand {number} has {len(shape)} dims, "
+                f"not {len(dims)}"
             )
         for (factor,), size in zip(dims, shape, strict=True):
             if sizes.setdefault(factor, size) != size:
@@ -193,8 +194,10 @@ def einsum(
     Args:
         pattern: "b s d, d f -> b s f"; single letters may stand together, as in torch.
         *operands: any number.
-        out: the result's layout; it also settles a choice. Its names must not contradict the pattern's.
-        over: mesh axis to the pattern's letter that the axis runs over, where the types leave a choice.
+        out: the result's layout; it also settles a choice. Its names must not contradict the
+            pattern's.
+        over: mesh axis to the pattern's letter that the axis runs over, where the types leave a
+            choice.
         method: "direct".
         save: of gathers: keep the whole for backward, or the "shard" and gather again.
         reduce_dtype: in which a sum that `out` reduces is taken.
@@ -203,7 +206,8 @@ def einsum(
         Cut on each axis as its letter; unreduced over axes that cut a summed letter.
 
     Raises:
-        LayoutError: kind "choice", with fixes, where operands are cut on different letters by one axis.
+        LayoutError: kind "choice", with fixes, where operands are cut on different letters by one
+            axis.
         ValueError: sizes that do not fit, a bad pattern.
 
     >>> import torch, shardwise as sw
@@ -222,7 +226,7 @@ def einsum(
     pattern = " ".join(pattern.split())
     if out is not None and (save != "gathered" or reduce_dtype is not None):
         return _converted_after(pattern, operands, out, over, save, reduce_dtype)
-    return _EINSUM(operands, (pattern,), out, over)  # type: ignore[no-any-return]
+    return _EINSUM(operands, (pattern,), out, over)
 
 
 def _converted_after(
@@ -273,7 +277,8 @@ def _matmul_rule(shapes: Sequence[Any], *_: Any) -> Rule:
         )
     if shapes[0][-1] != shapes[1][-2 if b > 1 else 0]:
         raise ValueError(
-            f"sizes {shapes[0][-1]} and {shapes[1][-2 if b > 1 else 0]} of the contracted dim do not fit"
+            f"sizes {shapes[0][-1]} and {shapes[1][-2 if b > 1 else 0]} "
+            "of the contracted dim do not fit"
         )
     if "..." in result and "..." not in left:
         left = "... " + left if a > 1 else left
@@ -309,7 +314,7 @@ def matmul(
     """
     if out is None and over is None and type(x) is ShardedTensor and type(y) is ShardedTensor:
         return _matmul_fast(x, y)
-    return _MATMUL((x, y), (), out, over)  # type: ignore[no-any-return]
+    return _MATMUL((x, y), (), out, over)
 
 
 install("__matmul__", _matmul_fast)
@@ -336,22 +341,23 @@ def linear(
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})
-    >>> x, w = sw.shard(torch.ones(4, 8), mesh, "b k/tensor"), sw.shard(torch.ones(6, 8), mesh, "n k/tensor")
+    >>> x = sw.shard(torch.ones(4, 8), mesh, "b k/tensor")
+    >>> w = sw.shard(torch.ones(6, 8), mesh, "n k/tensor")
     >>> torch.nn.functional.linear(x, w, sw.shard(torch.ones(6), mesh)).full_tensor()[0, 0]
     tensor(9.)
     """
     if bias is None:
-        return _LINEAR((x, weight), (), out, over)  # type: ignore[no-any-return]
+        return _LINEAR((x, weight), (), out, over)
     product = _LINEAR((x, weight), (), None, over) if out is None else _joined(x, weight, over, out)
-    return OPS["add"]((product, bias), (), out)  # type: ignore[no-any-return]
+    return OPS["add"]((product, bias), (), out)
 
 
 def _joined(x: Any, weight: Any, over: Mapping[str, str] | None, out: LayoutLike) -> ShardedTensor:
-    """The product with sums still owed, so that the bias is added once and the sum is moved once."""
+    """The product with sums still owed: the bias is added once and the sum is moved once."""
     try:
-        return _LINEAR((x, weight), (), None, over)  # type: ignore[no-any-return]
+        return _LINEAR((x, weight), (), None, over)
     except LayoutError:
-        return _LINEAR((x, weight), (), out, over)  # type: ignore[no-any-return]
+        return _LINEAR((x, weight), (), out, over)
 
 
 @export(torch.addmm, methods=["addmm"])

@@ -23,18 +23,20 @@ def op(
     """Make a function of local tensors an op of ShardedTensors.
 
     Args:
-        rule: operands -> results over factors, e.g. "m k, k n -> m n". A factor missing from the results is
-            summed, unless `reduced` says otherwise.
+        rule: operands -> results over factors, e.g. "m k, k n -> m n". A factor missing from the
+            results is summed, unless `reduced` says otherwise.
         blocked: factors that the function needs whole; cut, they are a choice.
         reduced: factor to the operation that reduces it ("max"); cut, it is a choice too.
-        lookup: factors that an index picks from; the function must give zeros for what it does not hold.
+        lookup: factors that an index picks from; the function must give zeros for what it does not
+            hold.
         window: factor to the border that it needs; treated as blocked.
-        linear: operands in which the function is linear, the others fixed: a sum that is owed passes them.
+        linear: operands in which the function is linear, the others fixed: a sum that is owed
+            passes them.
         name: in records and errors; None is the function's own.
 
     Returns:
-        A decorator. The op takes its operands in order, keyword arguments that are passed to the function
-        (hashable), and `out=` and `over=`.
+        A decorator. The op takes its operands in order, keyword arguments that are passed to the
+        function (hashable), and `out=` and `over=`.
 
     Raises:
         ValueError: a rule that cannot be read, or names a factor that it has not.
@@ -44,7 +46,8 @@ def op(
     ... def dot(x, w):
     ...     return x @ w
     >>> mesh = sw.make_mesh({"tensor": 2})
-    >>> dot(sw.shard(torch.ones(3, 4), mesh, "b k/tensor"), sw.shard(torch.ones(4), mesh, "k/tensor"))
+    >>> x = sw.shard(torch.ones(3, 4), mesh, "b k/tensor")
+    >>> dot(x, sw.shard(torch.ones(4), mesh, "k/tensor"))
     f32[3]{U:tensor} local[3] on mesh(tensor=2)
     """
     inputs, _ = parse(rule)

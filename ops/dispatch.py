@@ -1,12 +1,12 @@
-"""From a call to its result: one dict lookup on the operands' interned types, then the local torch call.
+"""From a call to its result: one lookup by the operands' interned types, then the local torch call.
 
-An `Op` is a name, a factor rule and a local function. On the first call with given types the planner decides
-and the result is kept as a `Prepared`; later calls find it. A call whose plan converts nothing touches no
-autograd Function and no context.
+An `Op` is a name, a factor rule and a local function. On the first call with given types the
+planner decides and the result is kept as a `Prepared`; later calls find it. A call whose plan
+converts nothing touches no autograd Function and no context.
 
-`rule(shapes, *static)` gives the Rule; `local(info)` gives the function that runs on local tensors, or one
-function per held shard where the result depends on the block's place. `protocol(operands, static)` runs instead
-where a blocked factor is cut: a few other ops that exchange statistics only.
+`rule(shapes, *static)` gives the Rule; `local(info)` gives the function that runs on local tensors,
+or one function per held shard where the result depends on the block's place. `protocol(operands,
+static)` runs instead where a blocked factor is cut: a few other ops that exchange statistics only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _grad_enabled = torch.is_grad_enabled
 
 @dataclass(frozen=True)
 class Info:
-    """What a local function may depend on: the rule, the static arguments, and where each block lies."""
+    """What a local function may depend on: rule, static arguments, and where each block lies."""
 
     rule: Rule
     static: tuple[Any, ...]
@@ -130,7 +130,8 @@ class Op:
             short = None
         if out is not None and isinstance(out, Tensor | ShardedTensor):
             raise TypeError(
-                f"{self.name}: out= names the result's layout here, a string; nothing is written in place"
+                f"{self.name}: out= names the result's layout here, a string; "
+                "nothing is written in place"
             )
         key = (
             static,
@@ -184,7 +185,8 @@ class Op:
         if len({k.layout.memory for k in kinds}) > 1 and any(k.shape for k in kinds):
             raise LayoutError(
                 word(
-                    "operands lie in different memories\nmove one: sw.reshard(x, '... @host') or back",
+                    "operands lie in different memories\n"
+                    "move one: sw.reshard(x, '... @host') or back",
                     op=self.name,
                     source=user_line(),
                     operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],
@@ -235,7 +237,7 @@ class Op:
         return prepared
 
     def settle(self, prepared: Prepared, results: Sequence[Tensor]) -> tuple[Type, ...]:
-        """Types of the results, once their dtypes are seen; and the conversions that follow them."""
+        """Types of the results, once their dtypes are seen; and the conversions that follow."""
         rule, decision = prepared.rule, prepared.decision
         mesh = prepared.kinds[0].mesh
         grad = self.differentiable and _grad_enabled() and any(k.grad for k in prepared.kinds)
@@ -309,7 +311,7 @@ class Op:
 
 
 def _among_tensors(positions: frozenset[int], operands: Sequence[Any]) -> frozenset[int]:
-    """Positions among all operands as positions among the sharded ones: `1 / u` is not linear in u."""
+    """Positions among all operands as positions among the sharded: `1 / u` is not linear in u."""
     places = [i for i, x in enumerate(operands) if isinstance(x, ShardedTensor)]
     return frozenset(number for number, i in enumerate(places) if i in positions)
 
@@ -410,7 +412,7 @@ def unary(op: Op) -> Callable[[ShardedTensor], ShardedTensor]:
 
 
 def binary(op: Op, general: Callable[..., Any]) -> Callable[..., Any]:
-    """A call with two ShardedTensors and no arguments, at the least overhead; else the general one."""
+    """A call with two ShardedTensors and no arguments, at least overhead; else the general one."""
     fast = op.fast
 
     def call(x: Any, y: Any) -> Any:
@@ -435,19 +437,19 @@ def rerun(ready: Prepared, *operands: ShardedTensor) -> ShardedTensor:
     fn = ready.fn
     columns = [x._shards for x in operands]
     if len(columns[0]) == 1:
-        return ShardedTensor((fn(*[c[0] for c in columns]),), ready.plain)  # type: ignore[arg-type]
-    return ShardedTensor(tuple([fn(*row) for row in zip(*columns)]), ready.plain)  # type: ignore[arg-type]  # noqa: B905
+        return ShardedTensor((fn(*[c[0] for c in columns]),), ready.plain)
+    return ShardedTensor(tuple([fn(*row) for row in zip(*columns)]), ready.plain)  # noqa: B905
 
 
 def _first(op: Op, operands: tuple[ShardedTensor, ...], key: Any) -> ShardedTensor:
-    """The general path; afterwards the short key leads to the plan where nothing needs converting."""
+    """The general path; afterwards the short key leads to a plan that converts nothing."""
     result = op(operands)
     if not CHEAPEST.get():
         general = ((), None, None, key[-1], False, *key[:-1])
         prepared = op.cache.get(general)
         if prepared is not None and prepared.plain is not None and not prepared.protocol:
             op.fast[key] = prepared
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def export(*functions: Any, methods: Sequence[str] = ()) -> Callable[[Any], Any]:

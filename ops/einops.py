@@ -192,7 +192,7 @@ def rearrange(
     >>> sw.ops.rearrange(x, "b s (h d) -> b h s d", h=4)
     f32[2 4/tensor 6 2] local[2 2 6 2] on mesh(tensor=2)
     """
-    return _REARRANGE((_one(x),), (pattern, _frozen(sizes)), out, over)  # type: ignore[no-any-return]
+    return _REARRANGE((_one(x),), (pattern, _frozen(sizes)), out, over)
 
 
 def repeat(
@@ -205,7 +205,7 @@ def repeat(
     >>> sw.ops.repeat(x, "n -> (n k)", k=2).full_tensor()
     tensor([0, 0, 1, 1])
     """
-    return _REPEAT((_one(x),), (pattern, _frozen(sizes)), out, over)  # type: ignore[no-any-return]
+    return _REPEAT((_one(x),), (pattern, _frozen(sizes)), out, over)
 
 
 def reduce(
@@ -239,7 +239,7 @@ def reduce(
                 f"reduce: the mean of {x.dtype} is no {x.dtype}; cast to a floating type first"
             )
         scale = 1 / max(1, math.prod(found.sizes[f] for f in found.gone)) if op == "mean" else 1
-        return _REDUCE((x,), (pattern, given, scale), out, over)  # type: ignore[no-any-return]
+        return _REDUCE((x,), (pattern, given, scale), out, over)
     plain = {f: f"f{k}" for k, f in enumerate(found.flat)}
     kept = [plain[f] for f in found.flat if f not in found.gone]
     gone = [plain[f] for f in found.gone]
@@ -249,7 +249,7 @@ def reduce(
     y = _reduced(y, op, tuple(range(len(kept), y.ndim)))
     together = f"{' '.join(kept)} -> {_text(found.outputs, plain)}"
     some = _frozen({f: every[f] for f in kept})
-    return _REARRANGE((y,), (together, some), out)  # type: ignore[no-any-return]
+    return _REARRANGE((y,), (together, some), out)
 
 
 def _frozen(sizes: Mapping[str, int]) -> Sizes:
@@ -263,13 +263,13 @@ def _text(dims: Dims, names: Mapping[str, str]) -> str:
 def _reduced(x: ShardedTensor, op: Any, dims: tuple[int, ...]) -> ShardedTensor:
     """One of einops' reductions over dims, by the ops of that name."""
     if not isinstance(op, str):
-        return op(x, dims)  # type: ignore[no-any-return]
+        return op(x, dims)
     if op in ("max", "min"):
-        return getattr(torch, f"a{op}")(x, dims) if dims else x  # type: ignore[no-any-return]
+        return getattr(torch, f"a{op}")(x, dims) if dims else x
     if op not in ("sum", "mean", "prod", "any", "all"):
         raise EinopsError(f"reduce: unknown reduction {op!r}")
     if op in ("sum", "mean"):
-        return getattr(torch, op)(x, dims) if dims else x  # type: ignore[no-any-return]
+        return getattr(torch, op)(x, dims) if dims else x
     for dim in sorted(dims, reverse=True):
         x = getattr(torch, op)(x, dim)
     return x
@@ -326,7 +326,7 @@ class ShardwiseBackend(AbstractBackend):
 
     def is_float_type(self, x: Any) -> bool:
         """Whether a mean makes sense."""
-        return x.dtype.is_floating_point or x.dtype.is_complex  # type: ignore[no-any-return]
+        return x.dtype.is_floating_point or x.dtype.is_complex
 
     def einsum(self, pattern: str, *x: Any) -> Any:
         """The contraction."""

@@ -73,7 +73,7 @@ def _ties_local(info: Info) -> Local:
 
     def count(x: Tensor, largest: Tensor) -> Tensor:
         tied = x == largest
-        entries = torch.where(tied, _Seen.apply(x), 0)  # type: ignore[arg-type]
+        entries = torch.where(tied, _Seen.apply(x), 0)
         return entries.sum(dims, keepdim=True) + tied.sum(dims, keepdim=True).to(x.dtype)
 
     return count
@@ -113,7 +113,7 @@ def _reduced_by(
     dims = normal_dims(dim, x.ndim)
     if x.ndim == 0:
         return x
-    return _AMAX[op]((x,), (dims, keepdim, op), out, over)  # type: ignore[no-any-return]
+    return _AMAX[op]((x,), (dims, keepdim, op), out, over)
 
 
 def _all_dims(dim: Dims) -> Dims:
@@ -196,7 +196,7 @@ _ARG = {
 def _arg(
     op: str, x: ShardedTensor, dim: int | None, keepdim: bool, out: LayoutLike | None, over: Over
 ) -> ShardedTensor:
-    return _ARG[op]((x,), (normal_dims(dim, x.ndim), keepdim, op), out, over)  # type: ignore[no-any-return]
+    return _ARG[op]((x,), (normal_dims(dim, x.ndim), keepdim, op), out, over)
 
 
 @export(torch.argmax, methods=["argmax"])

@@ -37,7 +37,7 @@ def owned(index: Tensor, offset: int, size: int, total: int) -> tuple[Tensor, Te
     """
     if not _functorch():
         known = ((index >= 0) & (index < total)).all()
-        torch._assert_async(known, f"an index lies outside 0..{total - 1}")  # type: ignore[attr-defined]
+        torch._assert_async(known, f"an index lies outside 0..{total - 1}")  # pyright: ignore
     local = index - offset
     inside = (local >= 0) & (local < size)
     return torch.where(inside, local, 0), inside
@@ -96,7 +96,7 @@ def check_integer(name: str, index: Any) -> None:
 def _by_tensor(x: ShardedTensor, index: Any, dim: int) -> ShardedTensor:
     """`x[..., index, ...]` at a dim."""
     check_integer("getitem", index)
-    return _PICK["getitem"]((x, index), (dim,))  # type: ignore[no-any-return]
+    return _PICK["getitem"]((x, index), (dim,))
 
 
 slicing.LOOKUP[:] = [_by_tensor]
@@ -120,7 +120,7 @@ def index_select(
     check_integer("index_select", index)
     if index.ndim != 1:
         raise ValueError(f"index_select: the index must have 1 dim, got {index.ndim}")
-    return _PICK["index_select"]((x, index), (one_dim(dim, x.ndim),), out, over)  # type: ignore[no-any-return]
+    return _PICK["index_select"]((x, index), (one_dim(dim, x.ndim),), out, over)
 
 
 def _embedding_rule(shapes: Sequence[Any], padding: int | None) -> Rule:
@@ -202,7 +202,7 @@ def embedding(
     if padding_idx is not None and not -size <= padding_idx < size:
         raise ValueError(f"embedding: padding_idx {padding_idx} is out of range for {size} rows")
     padding = None if padding_idx is None else padding_idx % size
-    return _EMBEDDING((ids, table), (padding,), out, over)  # type: ignore[no-any-return]
+    return _EMBEDDING((ids, table), (padding,), out, over)
 
 
 def _one_hot_rule(shapes: Sequence[Any], num_classes: int) -> Rule:
@@ -221,7 +221,7 @@ def _one_hot_local(info: Info) -> Local:
         return local
 
     made = per_block(info, "classes", block)
-    return made if info.axes("classes") else made[0]  # type: ignore[index]
+    return made if info.axes("classes") else made[0]  # pyright: ignore
 
 
 _ONE_HOT = Op("one_hot", _one_hot_rule, _one_hot_local, differentiable=False)
@@ -245,7 +245,7 @@ def one_hot(
     if num_classes < 0:
         _refuse("one_hot", "the largest id would give the shape; name num_classes", ids)
     check_integer("one_hot", ids)
-    return _ONE_HOT((ids,), (num_classes,), out, over)  # type: ignore[no-any-return]
+    return _ONE_HOT((ids,), (num_classes,), out, over)
 
 
 def aligned(
@@ -326,7 +326,7 @@ def gather(
     if sparse_grad:
         raise TypeError("gather: sparse_grad has no rule")
     check_integer("gather", index)
-    return _GATHER["gather"]((x, index), (one_dim(dim, x.ndim),), out, over)  # type: ignore[no-any-return]
+    return _GATHER["gather"]((x, index), (one_dim(dim, x.ndim),), out, over)
 
 
 @export(torch.take_along_dim, methods=["take_along_dim"])
@@ -349,7 +349,7 @@ def take_along_dim(
         *(tuple(1 if k == at else n for k, n in enumerate(v.shape)) for v in (x, indices))
     )
     x, indices = (_spread(v, (*shape[:at], v.shape[at], *shape[at + 1 :])) for v in (x, indices))
-    return _GATHER["take_along_dim"]((x, indices), (at,), out, over)  # type: ignore[no-any-return]
+    return _GATHER["take_along_dim"]((x, indices), (at,), out, over)
 
 
 def _spread(x: Any, shape: tuple[int, ...]) -> Any:

@@ -88,7 +88,7 @@ def cat(
     kept = [
         t for t in tensors if t.ndim == ndim or tuple(t.shape) != (0,)
     ]  # torch skips empty ones
-    return _CAT(kept, (one_dim(dim, ndim),), out, over)  # type: ignore[no-any-return]
+    return _CAT(kept, (one_dim(dim, ndim),), out, over)
 
 
 concat = concatenate = cat
@@ -129,7 +129,7 @@ def stack(
     >>> torch.stack([x, x])
     f32[2 4/data] local[2 2] on mesh(data=2)
     """
-    return _STACK(list(tensors), (one_dim(dim, tensors[0].ndim + 1),), out, over)  # type: ignore[no-any-return]
+    return _STACK(list(tensors), (one_dim(dim, tensors[0].ndim + 1),), out, over)
 
 
 def _split_rule(shapes: Any, dim: int, parts: tuple[int, ...]) -> Rule:
@@ -172,7 +172,7 @@ def split(
     parts = _parts(x.shape[at], asked) if isinstance(asked, int) else tuple(asked)
     if sum(parts) != x.shape[at] or any(n < 0 for n in parts):
         raise ValueError(f"split: {list(parts)} does not add up to size {x.shape[at]} of dim {dim}")
-    return _SPLIT["split"]((x,), (at, parts))  # type: ignore[no-any-return]
+    return _SPLIT["split"]((x,), (at, parts))
 
 
 @export(torch.chunk, methods=["chunk"])
@@ -180,7 +180,7 @@ def chunk(x: ShardedTensor, chunks: int, dim: int = 0) -> tuple[ShardedTensor, .
     """At most `chunks` parts of equal length, the last may be shorter."""
     at = one_dim(dim, x.ndim)
     length = max(1, -(-x.shape[at] // chunks))
-    return _SPLIT["chunk"]((x,), (at, _parts(x.shape[at], length)))  # type: ignore[no-any-return]
+    return _SPLIT["chunk"]((x,), (at, _parts(x.shape[at], length)))
 
 
 @export(torch.tensor_split, methods=["tensor_split"])
@@ -198,7 +198,7 @@ def tensor_split(
         parts = tuple(max(0, b - a) for a, b in zip([0, *ends], ends))  # noqa: B905 - one start more
         if sum(parts) != size:
             raise ValueError(f"tensor_split: indices {list(asked)} must rise")
-    return _SPLIT["tensor_split"]((x,), (at, parts))  # type: ignore[no-any-return]
+    return _SPLIT["tensor_split"]((x,), (at, parts))
 
 
 def _unbind_rule(shapes: Any, dim: int) -> Rule:
@@ -226,7 +226,7 @@ def unbind(x: ShardedTensor, dim: int = 0) -> tuple[ShardedTensor, ...]:
     """
     if x.ndim == 0:
         raise IndexError("unbind: a 0-d tensor has no dim to take apart")
-    return _UNBIND((x,), (one_dim(dim, x.ndim),))  # type: ignore[no-any-return]
+    return _UNBIND((x,), (one_dim(dim, x.ndim),))
 
 
 install("__iter__", lambda x: iter(unbind(x)))

@@ -63,7 +63,7 @@ def _meet_shards(
 ) -> tuple[Tensor, ...]:
     """The largest or smallest of each entry over the devices of the axes."""
     if _functorch():
-        return _Meet.apply(mesh, axes, op, *shards)  # type: ignore[no-any-return]
+        return _Meet.apply(mesh, axes, op, *shards)
     return _Meet.forward(mesh, axes, op, *shards)
 
 
@@ -147,7 +147,7 @@ _BLOCKS = {
 
 def blockwise(x: ShardedTensor, dims: tuple[int, ...], kind: str) -> ShardedTensor:
     """Each device's block reduced to one entry along `dims`: local, nothing moves."""
-    return _BLOCKS[kind]((x,), (dims, parts(x, dims)))  # type: ignore[no-any-return]
+    return _BLOCKS[kind]((x,), (dims, parts(x, dims)))
 
 
 def parts(x: ShardedTensor, dims: Sequence[int]) -> tuple[int, ...]:

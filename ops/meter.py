@@ -1,7 +1,7 @@
 """FLOPs and peak bytes of what runs, counted under a dispatch mode; on meta tensors too.
 
-FLOPs come from torch's own registry of formulas. Bytes count each storage once, from its first use to the end
-of its life; workspace inside a kernel is not seen.
+FLOPs come from torch's own registry of formulas. Bytes count each storage once, from its first use
+to the end of its life; workspace inside a kernel is not seen.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def _spread(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor:
     count = math.prod(x.shape[d] for d in dims)
     centred = x - settled(mean(x, dims, True))
     squares: Any = settled(sum(centred * centred, dims, keepdim))
-    return squares / max(count - correction, 0)  # type: ignore[no-any-return]
+    return squares / max(count - correction, 0)
 
 
 def _root(x: Any, power: float = 2) -> ShardedTensor:
@@ -78,7 +78,7 @@ def _moment(
     if unbiased is not None:
         correction = float(unbiased)
     correction = 1 if correction is None else correction
-    return op((x,), (normal_dims(dim, x.ndim), keepdim, correction), out, over)  # type: ignore[no-any-return]
+    return op((x,), (normal_dims(dim, x.ndim), keepdim, correction), out, over)
 
 
 @export(torch.var, methods=["var"])
@@ -205,7 +205,7 @@ def vector_norm(
         return (amax if ord > 0 else amin)(size, dim, keepdim, out=out, over=over)
     if ord == 1:
         return sum(size, dim, keepdim, out=out, over=over)
-    return _NORM((x,), (normal_dims(dim, x.ndim), keepdim, ord), out, over)  # type: ignore[no-any-return]
+    return _NORM((x,), (normal_dims(dim, x.ndim), keepdim, ord), out, over)
 
 
 @export(torch.norm, methods=["norm"])

@@ -122,7 +122,7 @@ def _normed(
         given = [constant(t, x) if isinstance(t, Tensor) else t for t in given]
         kinds = tuple([t._type for t in given])
     able = _checked(ops[0].name, x._type, tuple(shape), kinds)
-    return ops[able]((x, *given), (len(shape), *static), out, over)  # type: ignore[no-any-return]
+    return ops[able]((x, *given), (len(shape), *static), out, over)
 
 
 @cache
@@ -215,7 +215,9 @@ def layer_norm(
             ready = None
         if ready is not None and not record.LOGS:
             return rerun(ready, x, weight, bias)
-    result = _normed(_LAYER, x, normalized_shape, (weight, bias), (eps, bias is not None), out, over)
+    result = _normed(
+        _LAYER, x, normalized_shape, (weight, bias), (eps, bias is not None), out, over
+    )
     if out is None and over is None and type(weight) is type(bias) is ShardedTensor:
         _remember(x, weight, bias, tuple(normalized_shape), eps)
     return result
@@ -279,7 +281,7 @@ def group_norm(
     f32[2 4/tensor 3] local[2 2 3] on mesh(tensor=2)
     """
     operands = [t for t in (x, weight, bias) if t is not None]
-    return _GROUP(operands, (num_groups, eps, bias is not None), out, over)  # type: ignore[no-any-return]
+    return _GROUP(operands, (num_groups, eps, bias is not None), out, over)
 
 
 @export(F.batch_norm)

@@ -1,8 +1,8 @@
 """`Plan`: every collective and op of a program, by phase, axis, bytes, line and reason.
 
-`record()` keeps what runs; `plan(f, *args)` runs `f` on the abstract twin of its arguments' mesh, so that the
-step of a 4096-device job is planned on a laptop. Bytes are per device, by the ring convention of
-`meshlib/record.py`.
+`record()` keeps what runs; `plan(f, *args)` runs `f` on the abstract twin of its arguments' mesh,
+so that the step of a 4096-device job is planned on a laptop. Bytes are per device, by the ring
+convention of `meshlib/record.py`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Plan:
         return {kind: self._log.memory.get(kind, 0) for kind in kinds}
 
     def matching(self, **match: Any) -> Iterator[Collective]:
-        """Collectives with these attributes: kind, axis (any of the group's), phase, op, source, path, why.
+        """Collectives with these attributes.
+
+        They are kind, axis (any of the group's), phase, op, source, path, why.
 
         Raises:
             TypeError: an attribute that there is not.
@@ -146,7 +148,8 @@ class Plan:
         axes = dict.fromkeys(a for c in self._log.collectives for a in c.axes)
         lines = [_aligned([head, *body])]
         lines += [
-            f"over {axis}: {self.count(axis=axis)} collectives, {format_bytes(self.bytes(axis=axis))}"
+            f"over {axis}: {self.count(axis=axis)} collectives, "
+            f"{format_bytes(self.bytes(axis=axis))}"
             for axis in axes
         ]
         return "\n".join(lines) + _tail(self)
@@ -273,7 +276,7 @@ def record() -> Iterator[Plan]:
 
 
 def abstract(tree: Any, mesh: Mesh | None = None) -> Any:
-    """The same types without memory: meta tensors on the abstract twin of their mesh, or on `mesh`."""
+    """The same types without memory: meta tensors on the abstract twin of their mesh or `mesh`."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, ShardedTensor):

@@ -3,7 +3,8 @@
 On each mesh axis an op runs in one *mode*, and the types decide which:
 
     mode         operands must be                                     result
-    factor f     cut on f if they have it, else reduced               cut on f if kept, else unreduced
+    factor f     cut on f if they have it, else reduced               cut on f if kept,
+                                                                      else unreduced
     replicated   all replicated                                       replicated
     reduced      all reduced                                          reduced
     unreduced    addition: all unreduced; otherwise one operand that  unreduced
@@ -11,13 +12,13 @@ On each mesh axis an op runs in one *mode*, and the types decide which:
     varying      all varying or reduced (shard_map, vmap)             varying
 
  1. some operands cut, all on one factor: that factor;
- 2. none cut, some unreduced: addition carries them; one alone is carried past reduced or undifferentiated
-    others; otherwise every unreduced operand is all_reduced to replicated;
+ 2. none cut, some unreduced: addition carries them; one alone is carried past reduced or
+    undifferentiated others; otherwise every unreduced operand is all_reduced to replicated;
  3. only replicated and reduced: that state; where both meet, replicated;
  4. cut on different factors, or on a blocked one without a protocol: a choice.
 
-A choice is settled by `over` (axis to factor), by `out` (the result's layout), or by `sw.cheapest()`; else it is
-a `Choice`, from which `ops/choices.py` words the error and its fixes.
+A choice is settled by `over` (axis to factor), by `out` (the result's layout), or by
+`sw.cheapest()`; else it is a `Choice`, from which `ops/choices.py` words the error and its fixes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def cheapest() -> Any:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where an axis stands in one operand: its state, or the factor that it cuts (None: none fits)."""
+    """Where an axis is in one operand: its state, or the factor that it cuts (None: none fits)."""
 
     state: State
     factor: str | None = None
@@ -107,7 +108,7 @@ def spots(dims: Dims, kind: Type, sizes: Mapping[str, int]) -> dict[str, Spot]:
     known = kind.moves.get(key)
     if known is None:
         known = kind.moves[key] = _spots(dims, kind, sizes)
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def _spots(dims: Dims, kind: Type, sizes: Mapping[str, int]) -> dict[str, Spot]:
@@ -266,7 +267,8 @@ def _best(
 ) -> Decision | Unfit:
     """The decision that moves least, over all combinations of the options that `out` leaves.
 
-    `any_order`: operands that cut a factor in different orders of axes may be converted to one of them.
+    `any_order`: operands that cut a factor in different orders of axes may be converted to one of
+    them.
     """
     if out is not None:
         options = _favoured(rule, options, out, mesh, where)
@@ -320,7 +322,7 @@ def _favoured(
     mesh: Mesh,
     where: Sequence[Mapping[str, Spot]],
 ) -> dict[str, list[Mode]]:
-    """In a choice, the factor that `out` cuts by the axis, if an operand has it; else all options."""
+    """In a choice, the factor that `out` cuts by the axis if an operand has it; else all."""
     if all(len(modes) == 1 for modes in options.values()):
         return dict(options)
     dims = rule.outputs[0]
@@ -373,7 +375,7 @@ def after(layout: Layout, move: Any) -> Layout:
 def in_each_order(
     rule: Rule, kinds: Sequence[Type], modes: Mapping[str, Mode]
 ) -> Iterator[Decision]:
-    """Where operands cut one factor in different orders: the decisions that follow each operand's."""
+    """Where operands cut a factor in different orders: the decisions that follow each one's."""
     for lead in range(len(kinds)):
         with suppress(Unfit):
             yield lay_out(rule, kinds, modes, lead)

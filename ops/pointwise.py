@@ -1,8 +1,8 @@
 """Pointwise ops: one rule for all, "..., ... -> ...", and a table of which are linear in what.
 
-Unary functions are non-linear but for the few in LINEAR. Addition is linear in all its operands together, so a
-sum that is still owed passes through it and constants count once; multiplication in each operand alone;
-division in the first.
+Unary functions are non-linear but for the few in LINEAR. Addition is linear in all its operands
+together, so a sum that is still owed passes through it and constants count once; multiplication in
+each operand alone; division in the first.
 """
 
 from __future__ import annotations
@@ -22,10 +22,17 @@ from .dispatch import Info, Local, Op, binary, export, unary
 from .rules import Rule, make, pointwise
 
 # Unary functions of torch that act on each element alone.
-UNARY = ["abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "deg2rad", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "isfinite", "isinf", "isnan", "lgamma", "log", "log10", "log1p", "log2", "logical_not", "neg", "positive", "rad2deg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "signbit", "sgn", "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "bitwise_not", "i0", "logit", "relu", "isreal"]
+UNARY = [
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "deg2rad",
+    "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "isfinite",
+    "isinf", "isnan", "lgamma", "log", "log10", "log1p", "log2", "logical_not", "neg",
+    "positive", "rad2deg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "signbit", "sgn",
+    "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc", "bitwise_not", "i0",
+    "logit", "relu", "isreal",
+]  # fmt: skip
 LINEAR = {"neg", "positive", "deg2rad", "rad2deg"}  # f(x + y) = f(x) + f(y)
-FLAT = {"ceil", "floor", "round", "sign", "signbit", "trunc", "isfinite", "isinf", "isnan", "isreal",
-        "logical_not", "bitwise_not"}  # fmt: skip  # no gradient, or zero
+FLAT = {"ceil", "floor", "round", "sign", "signbit", "trunc", "isfinite", "isinf", "isnan",
+        "isreal", "logical_not", "bitwise_not"}  # fmt: skip  # no gradient, or zero
 
 # Activations of torch.nn.functional, with the names of their positional parameters.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -137,7 +144,12 @@ export(F.sigmoid, torch.special.expit)(globals()["sigmoid"])
 export(F.tanh)(globals()["tanh"])
 export(torch.absolute, methods=["absolute"])(globals()["abs"])
 export(torch.negative, methods=["negative"])(globals()["neg"])
-for _operator, _name in {"__neg__": "neg", "__abs__": "abs", "__invert__": "bitwise_not", "__pos__": "positive"}.items():  # fmt: skip
+for _operator, _name in {
+    "__neg__": "neg",
+    "__abs__": "abs",
+    "__invert__": "bitwise_not",
+    "__pos__": "positive",
+}.items():
     install(_operator, globals()[_name])
 
 
@@ -204,7 +216,7 @@ def _define_binary(name: str, function: Callable[..., Any]) -> Callable[..., Sha
             alpha = keywords.pop("alpha", 1)  # as an operand it may vary without a new plan
             x, y = _counted_once(x, y if alpha == 1 else y * alpha)
         elif y is None and name in ("eq", "ne"):
-            return name == "ne"  # type: ignore[return-value]  # as torch does
+            return name == "ne"  # pyright: ignore  # as torch does
         return op((x, y), tuple(sorted(keywords.items())), out, over)
 
     call.__name__ = call.__qualname__ = name
@@ -253,7 +265,7 @@ for _operator, _name in _OPERATORS.items():
         TORCH.setdefault(getattr(Tensor, _method, None), _function)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     install(f"__{_name}__", FAST[_name])
-ShardedTensor.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is elementwise, as in torch
+ShardedTensor.__hash__ = object.__hash__  # __eq__ is elementwise, as in torch
 
 _WHERE = Op(
     "where",

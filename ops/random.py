@@ -1,8 +1,8 @@
 """Random tensors: values depend on the key and the GLOBAL index only.
 
-The same key gives the same initial weights and the same dropout mask on every mesh and every layout, on CPU
-and GPU: each device computes its own block (`meshlib/philox.py`). Keys are explicit; a key is used once, then
-split or folded.
+The same key gives the same initial weights and the same dropout mask on every mesh and every
+layout, on CPU and GPU: each device computes its own block (`meshlib/philox.py`). Keys are explicit;
+a key is used once, then split or folded.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def normal(
 
     >>> import shardwise as sw
     >>> one, four = sw.make_mesh({"data": 1}), sw.make_mesh({"data": 4})
-    >>> draw = lambda mesh: sw.random.normal(sw.random.key(7), (8, 3), mesh, "n/data d").full_tensor()
-    >>> bool((draw(one) == draw(four)).all())
+    >>> draw = lambda mesh: sw.random.normal(sw.random.key(7), (8, 3), mesh, "n/data d")
+    >>> bool((draw(one).full_tensor() == draw(four).full_tensor()).all())
     True
     """
     return _fill(philox.normal, key, shape, mesh, layout, dtype, mean=mean, std=std)
@@ -164,8 +164,8 @@ def categorical(key: Key, logits: ShardedTensor) -> ShardedTensor:
     """
     u = uniform(key, logits.shape, logits.mesh, _where(logits), dtype=torch.float64)
     tiny = torch.finfo(torch.float64).tiny
-    noise = -torch.log(-torch.log(u + tiny) + tiny)  # type: ignore[call-overload]
-    return torch.argmax(logits.to(torch.float64) + noise, -1)  # type: ignore[call-overload, no-any-return]
+    noise = -torch.log(-torch.log(u + tiny) + tiny)  # pyright: ignore
+    return torch.argmax(logits.to(torch.float64) + noise, -1)  # pyright: ignore
 
 
 def permutation(key: Key, n: int) -> Tensor:

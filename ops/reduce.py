@@ -97,7 +97,7 @@ def sum(
     >>> x.sum(0)
     f32[6]{U:data} local[6] on mesh(data=2)
     """
-    return _SUM((x,), (normal_dims(dim, x.ndim), keepdim, dtype), out, over)  # type: ignore[no-any-return]
+    return _SUM((x,), (normal_dims(dim, x.ndim), keepdim, dtype), out, over)
 
 
 def _mean_local(info: Info) -> Local:
@@ -133,7 +133,7 @@ def mean(
     dims = normal_dims(dim, x.ndim)
     if not (dtype or x.dtype).is_floating_point and not (dtype or x.dtype).is_complex:
         raise TypeError(f"mean of {x.dtype}: cast to a floating type first")
-    return _MEAN((x,), (dims, keepdim, dtype), out, over)  # type: ignore[no-any-return]
+    return _MEAN((x,), (dims, keepdim, dtype), out, over)
 
 
 def _nonzero(x: Any) -> Any:
@@ -192,7 +192,7 @@ def any(
     >>> sw.shard(torch.tensor([0, 1]), sw.make_mesh({"data": 2}), "n/data").any().item()
     True
     """
-    return _LOGICAL["any"]((x,), (normal_dims(dim, x.ndim), keepdim, "any"), out)  # type: ignore[no-any-return]
+    return _LOGICAL["any"]((x,), (normal_dims(dim, x.ndim), keepdim, "any"), out)
 
 
 @export(torch.all, methods=["all"])
@@ -200,7 +200,7 @@ def all(
     x: ShardedTensor, dim: Dims = None, keepdim: bool = False, *, out: LayoutLike | None = None
 ) -> ShardedTensor:
     """Whether no entry is zero; as `any`."""
-    return _LOGICAL["all"]((x,), (normal_dims(dim, x.ndim), keepdim, "all"), out)  # type: ignore[no-any-return]
+    return _LOGICAL["all"]((x,), (normal_dims(dim, x.ndim), keepdim, "all"), out)
 
 
 def _prod_local(info: Info) -> Local:
@@ -214,7 +214,7 @@ def _prod_cut(operands: Sequence[Any], static: tuple[Any, ...]) -> ShardedTensor
     dims, keepdim, _, dtype = static
     each = blockwise(x if dtype is None else to(x, dtype), dims, "prod")
     whole = convert(each, each.layout.dims[dims[0]], "replicated")
-    return _PROD((whole,), (dims, keepdim, "prod", dtype))  # type: ignore[no-any-return]
+    return _PROD((whole,), (dims, keepdim, "prod", dtype))
 
 
 _PROD = Op("prod", _fold_rule, _prod_local, protocol=_prod_cut)
@@ -242,7 +242,7 @@ def prod(
     if x.ndim == 0:
         return x if dtype is None else to(x, dtype)
     if dim is not None:
-        return _PROD((x,), (normal_dims(dim, x.ndim), keepdim, "prod", dtype), out, over)  # type: ignore[no-any-return]
+        return _PROD((x,), (normal_dims(dim, x.ndim), keepdim, "prod", dtype), out, over)
     for d in reversed(range(x.ndim)):
         x = prod(x, d, keepdim, dtype=dtype, out=out if d == 0 else None)
     return x

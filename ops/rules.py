@@ -5,9 +5,10 @@
     "v e, ... -> ... e"      embedding with lookup={"v"}: a cut v gives a sum of partial lookups
     "(a b) c -> a b c"       reshape: a dim of several factors, major to minor
 
-A factor is *pointwise* (in operand and result), *summed* (in no result), *reduced* by another operation
-(max, ...), *blocked* (needed whole), *looked up*, or *windowed*. A rule also says in which operands the op is
-linear, each with the others fixed, and whether it is linear in all of them together (addition).
+A factor is *pointwise* (in operand and result), *summed* (in no result), *reduced* by another
+operation (max, ...), *blocked* (needed whole), *looked up*, or *windowed*. A rule also says in
+which operands the op is linear, each with the others fixed, and whether it is linear in all of them
+together (addition).
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def make(
 
 
 def sized(rule: Rule, shapes: Sequence[Shape]) -> Rule:
-    """The rule with factor sizes read from the operands' shapes; a broadcast size 1 loses its factor."""
+    """The rule with factor sizes read from the operands' shapes; a broadcast 1 loses its factor."""
     sizes = dict(rule.sizes)
     for dims, shape in zip(rule.inputs, shapes, strict=True):
         for dim, size in zip(dims, shape, strict=True):

@@ -88,7 +88,7 @@ def _define_scan(name: str) -> Op:
         (n,) = parts(x, (dim,))
         totals = convert(blockwise(x, (dim,), scan.total), axes, "replicated")
         ahead = convert(exclusive((totals,), (dim,)), axes, dim)
-        return joined((blocks((x,), (dim, n)), ahead), (dim, n))  # type: ignore[no-any-return]
+        return joined((blocks((x,), (dim, n)), ahead), (dim, n))
 
     def whole(info: Info) -> Local:
         dim, dtype = info.static
@@ -107,7 +107,7 @@ def _scanned(
 ) -> ShardedTensor:
     if dtype is None and not x.dtype.is_floating_point and not x.dtype.is_complex:
         dtype = torch.int64  # as torch does, across blocks too
-    return _SCANS[name]((x,), (one_of(dim, x), dtype), out, over)  # type: ignore[no-any-return]
+    return _SCANS[name]((x,), (one_of(dim, x), dtype), out, over)
 
 
 @export(torch.cumsum, methods=["cumsum"])

@@ -77,7 +77,7 @@ def scatter_add(
     """
     check_integer("scatter_add", index)
     added = _SCATTER((zeros_like(x), index, src), (one_dim(dim, x.ndim),))
-    return OPS["add"]((x, added), (), out)  # type: ignore[no-any-return]
+    return OPS["add"]((x, added), (), out)
 
 
 def _index_add_rule(shapes: Sequence[Any], dim: int) -> Rule:
@@ -129,4 +129,4 @@ def index_add(
     if index.ndim != 1:
         raise ValueError(f"index_add: the index must have 1 dim, got {index.ndim}")
     added = _INDEX_ADD((zeros_like(x), index, source), (one_dim(dim, x.ndim),))
-    return OPS["add"]((x, added if alpha == 1 else added * alpha), (), out)  # type: ignore[no-any-return]
+    return OPS["add"]((x, added if alpha == 1 else added * alpha), (), out)

@@ -148,7 +148,7 @@ def _reshaped(
         shape[free[0]] = x.numel() // known
     if bad or math.prod(shape) != x.numel():
         raise ValueError(f"{name}: shape {tuple(shape)} does not fit {x.numel()} elements of {x}")
-    return _RESHAPE[name]((x,), (tuple(shape),), out, over)  # type: ignore[no-any-return]
+    return _RESHAPE[name]((x,), (tuple(shape),), out, over)
 
 
 @export(torch.reshape, methods=["reshape"])
@@ -269,7 +269,7 @@ def permute(
     found = tuple(one_dim(d, x.ndim) for d in asked)
     if sorted(found) != list(range(x.ndim)):
         raise ValueError(f"permute: {asked} does not name each of {x.ndim} dims once")
-    return _PERMUTE["permute"]((x,), (found,), out, over)  # type: ignore[no-any-return]
+    return _PERMUTE["permute"]((x,), (found,), out, over)
 
 
 @export(
@@ -283,7 +283,7 @@ def transpose(
     a, b = one_dim(dim0, x.ndim), one_dim(dim1, x.ndim)
     if x.ndim:
         order[a], order[b] = order[b], order[a]
-    return _PERMUTE["transpose"]((x,), (tuple(order),), out, over)  # type: ignore[no-any-return]
+    return _PERMUTE["transpose"]((x,), (tuple(order),), out, over)
 
 
 swapaxes = transpose
@@ -308,7 +308,7 @@ def movedim(
     rest = iter(d for d in range(x.ndim) if d not in start)
     to = dict(zip(end, start, strict=True))
     order = tuple(to[i] if i in to else next(rest) for i in range(x.ndim))
-    return _PERMUTE["movedim"]((x,), (order,), out, over)  # type: ignore[no-any-return]
+    return _PERMUTE["movedim"]((x,), (order,), out, over)
 
 
 @export(torch.t, methods=["t"])
@@ -316,8 +316,8 @@ def t(x: ShardedTensor) -> ShardedTensor:
     """The transpose of a matrix; fewer dims stay as they are."""
     if x.ndim > 2:
         raise ValueError(f"t expects at most 2 dims, got {x.ndim}; use x.mT or x.transpose")
-    return _PERMUTE["t"]((x,), (tuple(reversed(range(x.ndim))),))  # type: ignore[no-any-return]
+    return _PERMUTE["t"]((x,), (tuple(reversed(range(x.ndim))),))
 
 
-install("T", property(lambda x: permute(x, *range(x.ndim)[::-1])))  # type: ignore[arg-type]
-install("mT", property(lambda x: transpose(x, -2, -1)))  # type: ignore[arg-type]
+install("T", property(lambda x: permute(x, *range(x.ndim)[::-1])))  # pyright: ignore
+install("mT", property(lambda x: transpose(x, -2, -1)))  # pyright: ignore

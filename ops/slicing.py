@@ -81,7 +81,7 @@ def narrow(
         raise IndexError(
             f"narrow: start {start} and length {length} leave dim {dim} of size {size}"
         )
-    return _INDEX["narrow"]((x,), _all_but(x, at, (first, first + length, 1)), out)  # type: ignore[no-any-return]
+    return _INDEX["narrow"]((x,), _all_but(x, at, (first, first + length, 1)), out)
 
 
 @export(torch.select, methods=["select"])
@@ -90,7 +90,7 @@ def select(
 ) -> ShardedTensor:
     """One entry of a dim, which is dropped."""
     at = one_dim(dim, x.ndim)
-    return _INDEX["select"]((x,), _all_but(x, at, _position(index, x.shape[at], dim)), out)  # type: ignore[no-any-return]
+    return _INDEX["select"]((x,), _all_but(x, at, _position(index, x.shape[at], dim)), out)
 
 
 def _position(index: int, size: int, dim: int) -> int:

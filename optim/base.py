@@ -4,9 +4,9 @@
     update(grads, state, params) -> (updates, state)
     step(grads, state, params) -> (params, state)      update, then add
 
-Gradients arrive with the parameters' layouts (replicated or cut; a sum that is owed is refused where it is
-read). State is a tree named by the transforms; its paths are checkpoint keys. Results have the parameters'
-layouts and dtypes, so that a training step is layout-stable.
+Gradients arrive with the parameters' layouts (replicated or cut; a sum that is owed is refused
+where it is read). State is a tree named by the transforms; its paths are checkpoint keys. Results
+have the parameters' layouts and dtypes, so that a training step is layout-stable.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Transform:
         """New parameters and state; nothing is written in place."""
         with torch.no_grad():
             if self.fused is not None:
-                return self.fused(grads, state, params)  # type: ignore[no-any-return]
+                return self.fused(grads, state, params)
             updates, state = self.update(grads, state, params)
             return apply_updates(params, updates), state
 
@@ -88,7 +88,7 @@ def chain(*transforms: Transform) -> Transform:
 
     order = ("elementwise", "reduction", "matrix")
     needs = max((t.needs for t in transforms), key=order.index, default="elementwise")
-    return Transform(", ".join(names), init, update, needs)  # type: ignore[arg-type]
+    return Transform(", ".join(names), init, update, needs)  # pyright: ignore
 
 
 def counter(params: Any) -> ShardedTensor:
@@ -114,8 +114,10 @@ def global_norm(grads: Any) -> ShardedTensor:
             continue
         if g.layout.unreduced:
             raise LayoutError(
-                f"global_norm: {path} is {g}, still a sum over {sorted(g.layout.unreduced)}; a norm of parts "
-                f'means nothing\nreduce it first: sw.reshard({path}, "{_settled(g)}")',
+                f"global_norm: {path} is {g}, "
+                f"still a sum over {sorted(g.layout.unreduced)}; "
+                "a norm of parts means nothing\n"
+                f'reduce it first: sw.reshard({path}, "{_settled(g)}")',
                 kind="unreduced",
                 op="global_norm",
             )
@@ -124,7 +126,7 @@ def global_norm(grads: Any) -> ShardedTensor:
         total = part if total is None else total + part
     if total is None:
         raise ValueError("global_norm: no gradients")
-    return torch.sqrt(total)  # type: ignore[no-any-return]
+    return torch.sqrt(total)  # pyright: ignore
 
 
 def _settled(g: ShardedTensor) -> str:

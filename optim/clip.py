@@ -13,7 +13,9 @@ from .base import Transform, global_norm
 
 
 def clip_by_global_norm(limit: float) -> Transform:
-    """Scale all gradients so that their common 2-norm is at most `limit`; state "norm" holds it unclipped.
+    """Scale all gradients so that their common 2-norm is at most `limit`.
+
+    State "norm" holds it unclipped.
 
     Cost: one scalar all_reduce over the axes that cut any gradient.
 
@@ -27,7 +29,7 @@ def clip_by_global_norm(limit: float) -> Transform:
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         norm = global_norm(grads)
-        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)  # pyright: ignore
         return tree.map(lambda g: (g * factor).to(g.dtype), grads), {"norm": norm}
 
     return Transform("clip_by_global_norm", init, update, "reduction")

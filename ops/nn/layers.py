@@ -1,12 +1,12 @@
 """Layers where sharding needs thought; everything else is torch.nn.functional.
 
-Pure functions of ShardedTensors. `out=` names the layout in which a result leaves, a strategy's row:
-`dense(x, w, out=s["hidden"])`. A bias joins a product before its sum is reduced.
+Pure functions of ShardedTensors. `out=` names the layout in which a result leaves, a strategy's
+row: `dense(x, w, out=s["hidden"])`. A bias joins a product before its sum is reduced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ _LETTERS = [f"o{i}" for i in range(8)]
 
 def dense(
     x: ShardedTensor,
-    w: ShardedTensor | Sequence[ShardedTensor],
+    w: ShardedTensor | tuple[ShardedTensor, ...] | list[ShardedTensor],
     b: Any = None,
     *,
     out: Any = None,
@@ -38,7 +38,8 @@ def dense(
 
     Args:
         x: [..., in].
-        w: [in, out...], any number of out dims; or a tuple of weights that share `x`, which is converted once.
+        w: [in, out...], any number of out dims; or a tuple of weights that share `x`, which is
+            converted once.
         b: [out...], or a tuple beside a tuple of weights; joins before a sum is reduced.
         out: layout of the result, or a tuple of them.
         over: as in `einsum`.
@@ -95,15 +96,15 @@ def embedding(
 
     Cost: with a cut vocabulary, the sum of partial lookups is reduced by `out`.
     """
-    found = F.embedding(ids, table)  # type: ignore[arg-type]
-    return found if out is None else reshard_one(found, out)  # type: ignore[arg-type, return-value]
+    found = F.embedding(ids, table)  # pyright: ignore
+    return found if out is None else reshard_one(found, out)  # pyright: ignore
 
 
 def rms_norm(
     x: ShardedTensor, scale: ShardedTensor | None = None, *, eps: float = 1e-6
 ) -> ShardedTensor:
-    """x / sqrt(mean(x^2) + eps) * scale over the last dim; statistics only are exchanged where it is cut."""
-    return _rms_norm(x, (x.shape[-1],), scale, eps)  # type: ignore[arg-type, return-value]
+    """x / sqrt(mean(x^2) + eps) * scale over the last dim; if cut, only statistics move."""
+    return _rms_norm(x, (x.shape[-1],), scale, eps)
 
 
 def layer_norm(
@@ -114,7 +115,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> ShardedTensor:
     """Zero mean and unit variance over the last dim, then scale and bias."""
-    return _layer_norm(x, (x.shape[-1],), scale, bias, eps)  # type: ignore[arg-type, return-value]
+    return _layer_norm(x, (x.shape[-1],), scale, bias, eps)
 
 
 def attention(
@@ -144,15 +145,15 @@ def attention(
         raise ValueError(f"attention: unknown method {method!r} (known: 'local')")
     grouped = k.shape[2] != q.shape[2]
     result = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        q.transpose(1, 2),  # pyright: ignore
+        k.transpose(1, 2),  # pyright: ignore
+        v.transpose(1, 2),  # pyright: ignore
         attn_mask=mask,
         is_causal=causal,
         scale=scale,
         enable_gqa=grouped,
     ).transpose(1, 2)
-    return result if out is None else reshard_one(result, out)  # type: ignore[arg-type, return-value]
+    return result if out is None else reshard_one(result, out)  # pyright: ignore
 
 
 def rope(x: ShardedTensor, positions: Any, *, theta: float = 1e4) -> ShardedTensor:
@@ -169,8 +170,8 @@ def rope(x: ShardedTensor, positions: Any, *, theta: float = 1e4) -> ShardedTens
     angles = positions[..., None].to(torch.float32) * inverse
     angles = angles[..., None, :]
     cos, sin = torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype)
-    first, second = torch.split(x, half, -1)  # type: ignore[arg-type]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)  # type: ignore[return-value]
+    first, second = torch.split(x, half, -1)  # pyright: ignore
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)  # pyright: ignore
 
 
 def dropout(x: ShardedTensor, rate: float, key: Key | None) -> ShardedTensor:
@@ -219,10 +220,10 @@ def cross_entropy(
     """
     if classes is not None and classes != logits.shape[-1]:
         inside = torch.arange(logits.shape[-1], device=logits.mesh.shard_device) < classes
-        logits = torch.where(inside, logits, torch.finfo(logits.dtype).min)  # type: ignore[call-overload]
+        logits = torch.where(inside, logits, torch.finfo(logits.dtype).min)  # pyright: ignore
     each = -log_prob(logits, labels.clamp(0))
     if label_smoothing or z_loss:
-        spread = torch.logsumexp(logits, -1)  # type: ignore[arg-type]
+        spread = torch.logsumexp(logits, -1)  # pyright: ignore
         width = classes or logits.shape[-1]
         if label_smoothing:
             shown = (
@@ -235,12 +236,12 @@ def cross_entropy(
         if z_loss:
             each = each + z_loss * spread * spread
     counts = labels != ignore_index
-    each = torch.where(counts, each, 0.0)  # type: ignore[call-overload]
+    each = torch.where(counts, each, 0.0)  # pyright: ignore
     if reduction == "none":
         return each
     if reduction == "sum":
         return each.sum()
-    return each.sum() / counts.to(each.dtype).sum()
+    return each.sum() / counts.sum()  # the count of integers is whole: the numerator stays owed
 
 
 def log_prob(logits: ShardedTensor, labels: ShardedTensor) -> ShardedTensor:
@@ -248,5 +249,5 @@ def log_prob(logits: ShardedTensor, labels: ShardedTensor) -> ShardedTensor:
 
     Out-of-range labels are the caller's to mask.
     """
-    picked = torch.gather(logits, -1, labels.unsqueeze(-1)).squeeze(-1)  # type: ignore[arg-type]
-    return picked - torch.logsumexp(logits, -1)  # type: ignore[arg-type, operator, return-value]
+    picked = torch.gather(logits, -1, labels.unsqueeze(-1)).squeeze(-1)  # pyright: ignore
+    return picked - torch.logsumexp(logits, -1)  # pyright: ignore

@@ -1,11 +1,13 @@
-"""`Param`: the declaration of a parameter. Names of its dims, what is contracted, how it starts; no devices.
+"""`Param`: the declaration of a parameter.
+
+Names of its dims, what is contracted, how it starts; no devices.
 
     Param("embed -> heads head_dim")     a weight: embed is contracted, so fan-in is its size
     Param("vocab embed", normal(0.02))   a table
     Param("embed", constant(1.0))        a gain
 
-Sizes come from a mapping or a config by name. Initial values depend on the key, the path and the global index
-only: the same on every mesh and under every strategy.
+Sizes come from a mapping or a config by name. Initial values depend on the key, the path and the
+global index only: the same on every mesh and under every strategy.
 """
 
 from __future__ import annotations
@@ -146,7 +148,8 @@ def init(
     >>> from shardwise import nn, strategies
     >>> mesh = sw.make_mesh({"data": 2, "tensor": 2})
     >>> s = strategies.data() * strategies.tensor_1d()
-    >>> nn.init(sw.random.key(0), {"w_up": nn.Param("embed -> ffn")}, {"embed": 4, "ffn": 8}, mesh, s)
+    >>> declared = {"w_up": nn.Param("embed -> ffn")}
+    >>> nn.init(sw.random.key(0), declared, {"embed": 4, "ffn": 8}, mesh, s)
     {'w_up': f32[4 8/tensor] local[4 4] on mesh(data=2, tensor=2)}
     """
     layouts = strategy.layouts(declaration, sizes, mesh)

@@ -1,7 +1,8 @@
 """Presets: the rows of data, FSDP and 1D tensor parallelism for a transformer's roles.
 
-The axis that is gathered at use stands last on its dim, so that one all_gather does it. `hidden` is the residual
-stream, `block_in` the normed input of qkv, of up and gate, and of the head: converted once, used by all.
+The axis that is gathered at use stands last on its dim, so that one all_gather does it. `hidden` is
+the residual stream, `block_in` the normed input of qkv, of up and gate, and of the head: converted
+once, used by all.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ def data(axis: str = "data") -> Strategy:
 def fsdp(axis: str = "data", *, save: Literal["gathered", "shard"] = "shard") -> Strategy:
     """Fully sharded data parallelism: parameters are cut at rest and gathered at use (ZeRO-3).
 
-    Cost per step and device: (n-1)/n of the parameters' bytes each way; once more with save="shard",
-    which gathers again in the backward and so holds one layer at a time.
+    Cost per step and device: (n-1)/n of the parameters' bytes each way; once more with
+    save="shard", which gathers again in the backward and so holds one layer at a time.
     """
     base = data(axis)
     return Strategy({"*": f".../{axis}"}, base.compute, base.activations, options={"save": save})
 
 
 def tensor_1d(axis: str = "tensor", *, kv: Literal["cut", "replicate"] = "cut") -> Strategy:
-    """Megatron's tensor parallelism: heads, ffn and vocabulary are cut; one all_reduce per half block.
+    """Megatron's tensor parallelism: heads, ffn and vocabulary cut; one all_reduce per half block.
 
     Args:
         axis: mesh axis.

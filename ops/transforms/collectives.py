@@ -211,7 +211,7 @@ def permute(x: ShardedTensor, axis: Any, *pairs: Any, **keywords: Any) -> Sharde
     tensor([2., 0., 1.])
     """
     if not isinstance(axis, str):
-        return x.permute(axis, *pairs, **keywords)  # type: ignore[no-any-return]
+        return x.permute(axis, *pairs, **keywords)
     if len(pairs) != 1 or keywords:
         raise TypeError("permute: along a mesh axis it takes x, axis, pairs")
     _state(x, axis, "permute", ("varying",))

@@ -46,7 +46,7 @@ class Entry:
             by = by._replace(op=by.op or "value_and_grad", why="gradient", path=self.path or None)
         x = ShardedTensor(
             _Enter.apply(self.steps(), by, self.value._shards, self.dtype, *leaf), kind
-        )  # type: ignore[arg-type]
+        )
         if self.path:
             x._path = self.path
         if self.value.ndim > 1 and not self.asked.dims[0] and not self.inside.dims[0]:

@@ -349,7 +349,7 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         result, aux = made if has_aux else (made, None)
 
         def pull_raw(cotangents: list[Tensor]) -> Sequence[Tensor]:
-            return pull_flat(tuple(cotangents))  # type: ignore[no-any-return]
+            return pull_flat(tuple(cotangents))
     else:
         leaves = inputs.fresh()
         with nested(), torch.enable_grad():

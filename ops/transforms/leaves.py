@@ -25,7 +25,7 @@ from ...meshlib.errors import LayoutError
 from .entry import Entry, entry
 
 _DEPTH: ContextVar[int] = ContextVar("depth", default=0)
-functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+functorch: Any = torch._C._functorch  # pyright: ignore
 under_functorch = torch._C._are_functorch_transforms_active
 
 
@@ -57,7 +57,7 @@ def mapped_over(axes: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Inside, no saved-tensor hooks, which torch.func.vjp refuses: what is saved stays as it is."""
-    auto: Any = torch._C._autograd  # type: ignore[attr-defined]
+    auto: Any = torch._C._autograd  # pyright: ignore
     held = []
     while (top := auto._top_saved_tensors_default_hooks(False)) is not None:
         held.append(top)

@@ -1,4 +1,4 @@
-"""GPT-2 under every strategy equals a GPT-2 written in plain torch: loss and every gradient, in float64."""
+"""GPT-2 under every strategy equals one in plain torch: loss and every gradient, in float64."""
 
 from __future__ import annotations
 

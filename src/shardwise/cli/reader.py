@@ -224,8 +224,8 @@ class _Reader:
         if hasattr(base, "parse") and isinstance(value, str):
             value = self._parse(value, base, at)
         elif isinstance(value, dict) and _is_table(base):
-            values = self._fields(base, value, at)  # type: ignore[arg-type]
-            value = None if len(self.problems) > before else base(**values)  # type: ignore[operator]
+            values = self._fields(base, value, at)
+            value = None if len(self.problems) > before else base(**values)
         elif origin in (Mapping, dict) and isinstance(value, dict):
             of_key, of_value = get_args(base)
             value = {

@@ -1,8 +1,8 @@
 """`shardwise train FILE`: the whole of a run, from the file to the text that the model writes.
 
-It prints the mesh, each parameter's layout and the step's collectives before the first step; then a progress
-bar; at the end the validation loss in bits per byte beside simple baselines, the loss curve as a PNG and
-some text. One process prints and writes; all of them compute.
+It prints the mesh, each parameter's layout and the step's collectives before the first step; then a
+progress bar; at the end the validation loss in bits per byte beside simple baselines, the loss
+curve as a PNG and some text. One process prints and writes; all of them compute.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .baselines import baselines
 from .config import Config
 from .sample import sample
 
-PROMPT = "ROMEO"
+PROMPT, LENGTH = "ROMEO", 240  # of the sample: its beginning, and bytes to add
 Step = Callable[[Any, Any, Any], tuple[Any, Any, ShardedTensor]]
 
 
@@ -95,7 +95,8 @@ def train(config: Config, console: Console | None = None) -> Curve:
             rate = (number + 1) * raw["tokens"].numel() / (time.perf_counter() - began)
             progress.update(bar, advance=1, loss=f"{curve.losses[-1]:.4f}", rate=f"{rate:,.0f}")
             if not console.is_terminal and (number + 1) % config.run.log_every == 0:
-                console.print(f"step {number + 1}: loss {curve.losses[-1]:.4f}, {rate:,.0f} tokens/s")
+                shown = f"loss {curve.losses[-1]:.4f}, {rate:,.0f} tokens/s"
+                console.print(f"step {number + 1}: {shown}")
             if (number + 1) % config.run.eval_every == 0 and number + 1 < config.run.steps:
                 bits = evaluate(model, params, corpus, config, mesh, most=8)
                 curve.validation.append((number + 1, bits))
@@ -107,7 +108,7 @@ def train(config: Config, console: Console | None = None) -> Curve:
     console.print(f"\n{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")
     console.print(_scores(final, corpus))
     texts = sample(
-        model, params, mesh, PROMPT, length=240, rows=_rows(model, mesh), seed=config.run.seed
+        model, params, mesh, PROMPT, length=LENGTH, rows=_rows(model, mesh), seed=config.run.seed
     )
     console.print(f"[bold]a sample[/bold]\n{'-' * 60}")
     console.print(texts[0], markup=False)
@@ -135,7 +136,7 @@ def make_step(model: Model, optimizer: Transform, micro_batches: int = 1) -> Ste
 
 def place(raw: dict[str, torch.Tensor], model: Model, mesh: Mesh) -> dict[str, ShardedTensor]:
     """A global batch on the mesh, as the strategy's `tokens` row says."""
-    return shard(raw, mesh, model.strategy["tokens"])  # type: ignore[no-any-return]
+    return shard(raw, mesh, model.strategy["tokens"])
 
 
 def evaluate(

@@ -1,0 +1,164 @@
+"""`shardwise train`: one file on any mesh gives one loss curve; it prints, learns, refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import launch
+from rich.console import Console
+
+from shardwise.cli import build
+from shardwise.cli.config import read_config
+from shardwise.cli.main import main
+from shardwise.cli.train import Curve, train
+
+PLAYS = Path(__file__).parents[2] / "examples/data/shakespeare"
+FILE = """
+[run]
+steps = 8
+log_every = 4
+out = "{out}"
+[mesh]
+{mesh}
+[strategy]
+preset = [{preset}]
+[model]
+family = "gpt2"
+layer = 2
+embed = 32
+heads = 4
+dropout = 0.0
+[data]
+text = "{text}"
+seq = 32
+batch = 8
+split = 0.9
+[optimizer]
+lr = 3e-3
+warmup = 2
+clip_norm = 1.0
+"""
+MESHES = {
+    "one": ("data = 1\ntensor = 1", '"data", "tensor_1d"'),
+    "2 x 2": ("data = 2\ntensor = 2", '"data", "tensor_1d"'),
+    "2 x 2 x 2": ("data = 2\ndepth = 2\ntensor = 2", '"data", "data(depth)", "tensor_1d"'),
+    "fsdp": ("data = 2\ntensor = 2", '"fsdp", "tensor_1d"'),
+}
+
+
+def written(folder: Path, mesh: str = "one", **changes: str) -> Path:
+    """A small run's file."""
+    play = folder / "play.md"
+    if not play.exists():
+        play.write_bytes((PLAYS / "hamlet.md").read_bytes()[:40_000])
+    axes, preset = MESHES[mesh]
+    body = FILE.format(out=folder / "out", mesh=axes, preset=preset, text=play)
+    for old, new in changes.items():
+        body = body.replace(old, new)
+    path = folder / f"{mesh.replace(' ', '')}.toml"
+    path.write_text(body)
+    return path
+
+
+def curve(file: str, *overrides: str) -> tuple[Curve, str]:
+    """Train, and what it printed."""
+    config = read_config(
+        file,
+        families={name: kind for name, (kind, _) in build.FAMILIES.items()},
+        presets=tuple(build.PRESETS),
+        derived=build.DERIVED,
+        overrides=overrides,
+    )
+    out = io.StringIO()
+    return train(config, Console(file=out, width=120, highlight=False)), out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardwise.cli.train.LENGTH", 12)
+
+
+def in_process(file: str) -> torch.Tensor:
+    """What each of several processes runs: its losses."""
+    return torch.tensor(curve(file)[0].losses, dtype=torch.float64)
+
+
+def test_one_file_gives_one_curve_on_every_mesh(tmp_path: Path) -> None:
+    losses = {mesh: curve(str(written(tmp_path, mesh)))[0].losses for mesh in MESHES}
+    for mesh, found in losses.items():
+        assert found == pytest.approx(losses["one"], abs=1e-5), mesh
+
+
+@pytest.mark.processes
+def test_four_gloo_processes_give_the_same_curve(tmp_path: Path) -> None:
+    expected = curve(str(written(tmp_path, "one")))[0].losses
+    file = str(written(tmp_path, "2 x 2"))
+    for outcome in launch(in_process, 4, file, timeout=120):
+        assert outcome.value.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_micro_batches_give_the_same_curve(tmp_path: Path) -> None:
+    whole = curve(str(written(tmp_path, "2 x 2")))[0].losses
+    parts = curve(str(written(tmp_path, "2 x 2")), "data.micro_batches=2")[0].losses
+    assert parts == pytest.approx(whole, abs=1e-5)
+
+
+def test_it_prints_mesh_layouts_collectives_scores_and_a_sample(tmp_path: Path) -> None:
+    found, shown = curve(str(written(tmp_path, "2 x 2")))
+    assert "mesh(data=2, tensor=2): 4 simulated devices on cpu" in shown
+    assert re.search(
+        r"blocks\.w_up +\[2 32 128/tensor\] +embed ffn/tensor \{R:data\} +16,384", shown
+    )
+    assert "collectives of one step, per device" in shown
+    for words in ("unigram", "gzip -9", "lzma", "this run", "a sample", "ROMEO", "tokens/s"):
+        assert words in shown
+    assert found.losses[-1] < found.losses[0]
+    data = json.loads((tmp_path / "out/loss.json").read_text())
+    assert data["losses"] == found.losses
+    assert (tmp_path / "out/loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_it_learns_past_the_unigram_baseline(tmp_path: Path) -> None:
+    file = written(tmp_path, "one", **{"steps = 8": "steps = 150", "lr = 3e-3": "lr = 1e-2"})
+    found, shown = curve(str(file))
+    unigram = next(line for line in shown.splitlines() if "unigram" in line)
+    assert found.validation[-1][1] < float(unigram.split("│")[2]) - 0.3
+    assert found.losses[0] == pytest.approx(math.log(256), abs=0.2)
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(written(tmp_path))
+    assert main(["train", file, "--set", "run.steps=3"]) == 0
+    assert main(["train", file, "--set", "run.stepz=2"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.toml")]) == 2
+    assert main(["train", file, "--set", "model.heads=3"]) == 2
+    assert "embed 32 is not a multiple of heads 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["mesh.tensor=8"], "dim 1 of size 4 is not divisible by axis 'tensor' of size 8"),
+        (["mesh.data=3"], "dim 0 of size 8 is not divisible by axis 'data' of size 3"),
+        (['strategy.preset=["data(dato)"]'], "unknown axis 'dato'"),
+        (["data.text=nowhere"], "no such file or folder: nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    overrides: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[Any] = ["train", str(written(tmp_path))]
+    for override in overrides:
+        arguments += ["--set", override]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert "step" not in shown.out
