@@ -272,6 +272,9 @@ class ShardedTensor(_Installed):
     def __int__(self) -> int:
         return int(scalar(self, "int"))
 
+    def __format__(self, spec: str) -> str:
+        return format(scalar(self, "format"), spec) if spec else str(self)
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of a 0-d tensor")
@@ -323,7 +326,8 @@ class ShardedTensor(_Installed):
         if name in ShardedTensor.__slots__ or name.startswith("__"):
             raise AttributeError(name)
         if hasattr(Tensor, name):
-            _in_place(name)
+            if name not in INSTEAD:
+                _in_place(name)
             no_rule(name, [self])
         raise AttributeError(f"ShardedTensor has no attribute {name!r}")
 
@@ -358,12 +362,28 @@ def install(name: str, method: Callable[..., Any]) -> None:
     setattr(ShardedTensor, name, method)
 
 
+# What to use instead, for names of torch that cannot mean here what they mean there.
+INSTEAD = {
+    "backward": "gradients are values here: sw.value_and_grad(f)(params, ...)",
+    "requires_grad_": "say which arguments to differentiate: sw.grad(f, argnums=...)",
+    "dropout": "keys are explicit: sw.nn.dropout(x, rate, key)",
+    "rand_like": "keys are explicit: sw.random.uniform(key, x.shape, x.mesh, x.layout)",
+    "randn_like": "keys are explicit: sw.random.normal_like(key, x)",
+    "bernoulli": "keys are explicit: sw.random.bernoulli(key, shape, mesh, layout, p=...)",
+    "multinomial": "keys are explicit: sw.random.categorical(key, logits)",
+    **dict.fromkeys(("numpy", "tolist", "cpu", "data"), "read the global value: x.full_tensor()"),
+    "cuda": "a mesh has one device: sw.make_mesh(..., device=...)",
+}
+
+
 def no_rule(name: str, operands: Sequence[ShardedTensor]) -> NoReturn:
     """Raise the error of an op that nobody wrote a rule for."""
+    instead = INSTEAD.get(
+        name, f'write one: @sw.op("rule") def {name}(...): ...   or use sw.shard_map'
+    )
     raise LayoutError(
         word(
-            "no rule is written for this op; nothing falls back silently."
-            '\nwrite one: @sw.op("rule") def ' + name + "(...): ...   or use sw.shard_map",
+            f"no rule is written for this op; nothing falls back silently.\n{instead}",
             op=name,
             source=user_line(),
             operands=[(f"operand {i}", str(x)) for i, x in enumerate(operands)],

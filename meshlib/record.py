@@ -217,11 +217,12 @@ def collective(
         log.collectives.append(entry)
 
 
-def op(name: str, inputs: tuple[str, ...], output: str, flops: float = 0.0) -> None:
+def op(name: str, inputs: tuple[str, ...], output: str, flops: float, mesh: Mesh) -> None:
     """Write one op to every open log."""
     by = context() or Context()
     entry = OpRecord(name, by.source, inputs, output, flops, _PHASE.get())
     for log in LOGS:
+        log.mesh = log.mesh or mesh
         log.ops.append(entry)
 
 

@@ -99,19 +99,36 @@ def user_call(operands: Sequence[object]) -> Call:
         listed = [
             e for a in node.args for e in (a.elts if isinstance(a, ast.List | ast.Tuple) else [a])
         ]
-        parts = [a for a in listed if not isinstance(a, ast.Starred | ast.Constant)]
+        parts = [a for a in listed if not isinstance(a, ast.Starred) and not _is_literal(a)]
         if isinstance(node.func, ast.Attribute) and len(parts) < count:
             parts.insert(0, node.func.value)
     else:
         return Call(line)
     parts = [p for p in parts if not _is_another(p, frame, operands)]
-    if len(parts) < count or "\n" in text:
+    if len(parts) < count or "\n" in text or not _match(parts, frame, operands):
         return Call(line)
     spans = tuple((p.col_offset, p.end_col_offset or 0) for p in parts[:count])
     if len(text) != len(text.encode()):
         return Call(line)  # offsets are in bytes: do not guess
     names = tuple(text[a:b] for a, b in spans)
     return Call(line, text, names, spans, not isinstance(node, ast.Call))
+
+
+def _is_literal(part: ast.expr) -> bool:
+    """Whether an argument is a number, a string or a signed number."""
+    if isinstance(part, ast.UnaryOp):
+        part = part.operand
+    return isinstance(part, ast.Constant)
+
+
+def _match(parts: Sequence[ast.expr], frame: FrameType, operands: Sequence[object]) -> bool:
+    """Whether plain names stand for the operands at their places; an op inside another has others."""
+    for part, operand in zip(parts, operands, strict=False):
+        if isinstance(part, ast.Name):
+            value = frame.f_locals.get(part.id, frame.f_globals.get(part.id))
+            if value is not operand:
+                return False
+    return True
 
 
 def _is_another(part: ast.expr, frame: FrameType, operands: Sequence[object]) -> bool:

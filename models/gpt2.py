@@ -120,7 +120,7 @@ def block(
 def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
     """A GPT-2 under a strategy.
 
-    >>> import shardwise as sw
+    >>> import torch, shardwise as sw
     >>> from shardwise import models, strategies
     >>> s = strategies.data() * strategies.tensor_1d()
     >>> config = models.GPT2Config(layer=2, embed=8, heads=2, vocab=16, position=4)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from ..layouts.convert import DUAL, LETTER, TABLE
-from ..layouts.layout import Layout, LayoutLike, State, with_state
+from ..layouts.layout import Layout, State, with_state
 from ..layouts.reshard import Route, find_route, moved
 from ..layouts.sharded import ShardedTensor, Type, make_type, write_type
 from ..meshlib.errors import Fix, LayoutError, format_bytes, word
@@ -40,23 +40,28 @@ def refuse(
     operands: Sequence[ShardedTensor],
     grads: Sequence[bool],
     choice: Choice,
-    out: LayoutLike | None,
+    has_arguments: bool,
 ) -> LayoutError:
-    """The LayoutError of a choice that nothing settles."""
+    """The LayoutError of a choice that nothing settles.
+
+    Where the user's expression cannot be read and the op has arguments besides its operands, a fix
+    is the statement that converts them, not the whole call.
+    """
     call = user_call(operands)
+    name = f"={name}" if has_arguments and not call.text else name
     names = _names(call, operands)
     kinds = [x._type for x in operands]
     fixes = _fixes(name, rule, kinds, grads, choice, call, names)
     verdict = f"axis {choice.axis!r}{_explain(rule, kinds, choice, names)}"
     text = word(
         verdict,
-        op=name,
+        op=name.lstrip("="),
         source=call.line,
         operands=list(zip(names, map(str, operands), strict=True)),
         mesh=operands[0].mesh,
         fixes=fixes,
     )
-    return LayoutError(text, kind="choice", op=name, source=call.line, fixes=fixes)
+    return LayoutError(text, kind="choice", op=name.lstrip("="), source=call.line, fixes=fixes)
 
 
 def _names(call: Call, operands: Sequence[ShardedTensor]) -> list[str]:
@@ -179,6 +184,8 @@ def _asked(kind: Type, target: Layout) -> Layout:
 def _code(name: str, call: Call, names: Sequence[str], changes: dict[int, str]) -> str:
     if call.text and call.spans:
         return call.replaced(changes)
+    if name.startswith("="):
+        return "; ".join(f"{names[i]} = {text}" for i, text in changes.items())
     arguments = ", ".join(changes.get(i, n) for i, n in enumerate(names))
     return f"ops.{name}({arguments})"
 

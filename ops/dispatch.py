@@ -68,14 +68,16 @@ class Prepared:
     """A planned call: conversions of the operands, the local function, the results' types."""
 
     __slots__ = (
-        "decision", "fn", "fns", "kinds", "moves", "out", "out_routes", "outs", "plain", "protocol",
-        "rule", "why",
+        "decision", "flops", "fn", "fns", "kinds", "moves", "out", "out_routes", "outs", "plain",
+        "protocol", "rule", "several", "why",
     )  # fmt: skip
 
     rule: Rule
     kinds: Sequence[Type]
     decision: Decision
     out: LayoutLike | None
+    flops: float  # of one device
+    several: bool  # whether the local function gives a tuple
     moves: tuple[Route, ...] | None  # None: no operand is converted
     fn: Callable[..., Any]
     fns: list[Callable[..., Any]] | None
@@ -215,7 +217,7 @@ class Op:
                 rule, kinds, grads, over=over, out=out, has_protocol=self.protocol is not None
             )
         except Choice as choice:
-            raise refuse(self.name, rule, tensors, grads, choice, out) from None
+            raise refuse(self.name, rule, tensors, grads, choice, bool(static)) from None
         prepared = Prepared()
         prepared.protocol = bool(decision.blocked)
         prepared.moves = decision.routes if any(decision.routes) else None
@@ -223,13 +225,17 @@ class Op:
         prepared.outs = prepared.plain = None
         prepared.fns = None
         prepared.out_routes = None
+        prepared.flops, prepared.several = 0.0, False
         prepared.rule, prepared.kinds, prepared.decision, prepared.out = rule, kinds, decision, out
         if out is not None:
             shape = [math.prod(rule.sizes[f] for f in dim) for dim in rule.outputs[0]]
             wanted(self.name, out, decision.outputs[0], shape, mesh)
         if not prepared.protocol:
             after = tuple(k.with_layout(t) for k, t in zip(kinds, decision.targets, strict=True))
-            local = self.local(Info(rule, static, mesh, after, decision))
+            info = Info(rule, static, mesh, after, decision)
+            local = self.local(info)
+            if self.flops is not None:
+                prepared.flops = self.flops(info)
             if isinstance(local, list):
                 prepared.fns = local
             else:
@@ -264,7 +270,7 @@ class Op:
             routes.append(route)
         if any(routes):
             prepared.out_routes = tuple(routes)
-        elif prepared.moves is None and len(outs) == 1 and prepared.fns is None:
+        elif prepared.moves is None and prepared.fns is None and not prepared.several:
             prepared.plain = outs[0]
         prepared.outs = outs
         return outs
@@ -279,6 +285,8 @@ class Op:
                         self.name,
                         tuple(str(x) for x in operands if isinstance(x, ShardedTensor)),
                         ", ".join(map(str, result)) if isinstance(result, tuple) else str(result),
+                        prepared.flops,
+                        prepared.kinds[0].mesh,
                     )
                 return result
         return self._run(prepared, operands, static)
@@ -300,7 +308,7 @@ class Op:
             results = [fn(*row) for row in zip(*columns)]  # noqa: B905 - repeat() is endless
         else:
             results = [fn(*row) for fn, *row in zip(prepared.fns, *columns)]  # noqa: B905
-        several = isinstance(results[0], tuple)
+        several = prepared.several = isinstance(results[0], tuple)
         outs = prepared.outs or self.settle(prepared, results[0] if several else results[:1])
         if not several:
             return _finish(ShardedTensor(tuple(results), outs[0]), prepared, 0)

@@ -116,6 +116,8 @@ def _normed(
     over: Over,
 ) -> ShardedTensor:
     given = [t for t in rest if t is not None]
+    if isinstance(x, Tensor):  # a constant beside sharded weights
+        x = constant(x, next(t for t in given if isinstance(t, ShardedTensor)))
     try:
         kinds = tuple([t._type for t in given])
     except AttributeError:  # a plain tensor among them: a constant

@@ -14,20 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optree
 import torch
 
 from ..layouts.sharded import DTYPES, ShardedTensor, make_type
 from ..meshlib import record as logs
-from ..meshlib.errors import format_bytes
+from ..meshlib.errors import format_bytes, nearest
 from ..meshlib.mesh import Mesh, abstract_twin, make_mesh
 from ..meshlib.record import Collective, Copy, Log, OpRecord
 from .meter import Meter
 
 _NAMES = {dtype: name for dtype, name in DTYPES.items()}
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_KNOWN = {"kind": get_args(logs.Kind), "phase": get_args(logs.Phase), "why": get_args(logs.Why)}
 _KEYS = ("kind", "axis", "phase", "op", "source", "path", "why")
 
 
@@ -94,10 +95,16 @@ class Plan:
 
         Raises:
             TypeError: an attribute that there is not.
+            ValueError: a kind, phase or reason that there is not; MeshError: an unknown axis.
         """
         unknown = set(match) - set(_KEYS)
         if unknown:
             raise TypeError(f"plan: unknown {sorted(unknown)} (known: {', '.join(_KEYS)})")
+        for key, known in _KNOWN.items():
+            if key in match and match[key] not in known:
+                raise ValueError(f"plan: {key} {match[key]!r}{nearest(match[key], known)}")
+        if "axis" in match and self.mesh is not None:
+            self.mesh.check_axes((match["axis"],))
         for c in self._log.collectives:
             if all(v in c.axes if k == "axis" else getattr(c, k) == v for k, v in match.items()):
                 yield c

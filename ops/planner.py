@@ -499,7 +499,7 @@ def _cut(
         for factor in factors:
             mine = orders.get(factor, ())
             n = math.prod(mesh.axes[a] for a in mine)
-            if n > 1 and not whole:
+            if mine and not whole:  # also an axis of size 1: types do not depend on sizes
                 raise Unfit(mine[0], "it would cut a minor part of a merged dim")
             axes += mine
             whole = whole and n == sizes[factor]

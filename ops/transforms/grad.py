@@ -352,7 +352,7 @@ def vjp(f: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
             return pull_flat(tuple(cotangents))
     else:
         leaves = inputs.fresh()
-        with nested(), torch.enable_grad():
+        with nested(), torch.enable_grad(), saving.scope():
             made = f(*inputs.typed(leaves))
         result, aux = made if has_aux else (made, None)
         outputs = [s for v in floats(result) for s in flat(v)]

@@ -4,9 +4,12 @@ mesh = sw.make_mesh({"data": 2, "tensor": 4})
 x = sw.shard(torch.randn(64, 512), mesh, "batch/data embed")
 """
 
+from . import kernels as kernels
 from . import layouts as layouts
 from . import meshlib as meshlib
+from . import models as models
 from . import ops as ops
+from . import optim as optim
 from .layouts import tree as tree
 from .layouts.layout import Layout as Layout
 from .layouts.place import from_callback as from_callback
