@@ -122,7 +122,7 @@ def _is_literal(part: ast.expr) -> bool:
 
 
 def _match(parts: Sequence[ast.expr], frame: FrameType, operands: Sequence[object]) -> bool:
-    """Whether plain names stand for the operands at their places; an op inside another has others."""
+    """Whether plain names stand for the operands at their places: not so in a nested op."""
     for part, operand in zip(parts, operands, strict=False):
         if isinstance(part, ast.Name):
             value = frame.f_locals.get(part.id, frame.f_globals.get(part.id))

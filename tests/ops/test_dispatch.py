@@ -69,7 +69,7 @@ MERGES: dict[str, Callable[[Any], Any]] = {
 
 
 LAYOUTS = ("m/b n/a", "m n/a", "m/a n", "m/b/a n")
-# Which of the parts of a divided dim its second axis cuts does depend on sizes (docs/architecture.md).
+# Which part of a divided dim its second axis cuts does depend on sizes: docs/architecture.md.
 CASES = [(n, to) for n in MERGES for to in LAYOUTS if (n, to) != ("reshape", "m/b/a n")]
 
 
