@@ -166,7 +166,7 @@ class Strategy:
         )
 
     def layouts(self, declaration: Any, sizes: Any, mesh: Mesh) -> Any:
-        """The layout at rest of each declared parameter.
+        """The layout at rest of each declared parameter; see also `left_whole`.
 
         Raises:
             LayoutError: indivisible sizes or a row that does not fit, all of them, by path.
@@ -188,12 +188,25 @@ class Strategy:
     def _rest_layout(self, role: str, param: Any, sizes: Any, mesh: Mesh) -> Layout:
         shape = param.shape(sizes)
         stacked = len(param.stacked)
-        row = row_layout(self.rest_row(role), shape[stacked:], mesh, None, f"rest row of {role}")
+        row = rest_layout(self.rest_row(role), shape[stacked:], mesh, f"rest row of {role}")
         layer = self.option("layer")
         ahead = tuple((layer,) if layer and name == "layer" else () for name in param.stacked)
         full = make(ahead + row.dims, row.unreduced, row.reduced, row.varying, row.memory, row.at)
         full.check(shape, mesh, f"rest row of {role}")
         return full
+
+    def left_whole(self, declaration: Any, sizes: Any, mesh: Mesh) -> list[tuple[str, int]]:
+        """Parameters that a `.../axis` row could not cut, with their bytes on each device."""
+        layouts = optree.tree_leaves(self.layouts(declaration, sizes, mesh))
+        paths, params, _ = optree.tree_flatten_with_path(declaration)
+        found: list[tuple[str, int]] = []
+        for path, param, layout in zip(paths, params, layouts, strict=True):
+            wanted = notation.parse(self.rest_row(str(path[-1]))).rest_axes
+            if any(layout.state(axis) == "replicated" for axis in wanted):
+                shape = param.shape(sizes)
+                size = math.prod(layout.local_shape(shape, mesh)) * self.precision.param.itemsize
+                found.append((".".join(map(str, path)), size))
+        return found
 
     def table(self, declaration: Any, sizes: Any, mesh: Mesh) -> str:
         """Per parameter: its type at rest, its compute row, and its bytes on one device."""
@@ -295,6 +308,17 @@ def row_layout(row: str, shape: Any, mesh: Mesh, has: Layout | None, what: str =
         parsed.memory,
         parsed.at,
     )
+
+
+def rest_layout(row: str, shape: Any, mesh: Mesh, what: str = "") -> Layout:
+    """A row at rest; a tensor that the axis of `.../axis` divides nowhere stays whole over it."""
+    try:
+        return row_layout(row, shape, mesh, None, what)
+    except LayoutError as error:
+        axes = notation.parse(row).rest_axes
+        if not axes or error.kind != "indivisible":
+            raise
+    return row_layout(row.replace("/".join(("...", *axes)), "..."), shape, mesh, None, what)
 
 
 def join_tables(a: Table, b: Table) -> dict[str, str]:

@@ -13,6 +13,7 @@ global index only: the same on every mesh and under every strategy.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,7 +140,8 @@ def init(
         strategy: its rows at rest.
 
     Returns:
-        The same tree of ShardedTensors; equal values on every mesh.
+        The same tree of ShardedTensors; equal values on every mesh. Leaves that a `.../axis` row cannot
+        cut are left whole, and a warning lists them with their bytes per device.
 
     Raises:
         LayoutError: rows that do not fit, all of them, before anything is made.
@@ -153,6 +155,12 @@ def init(
     {'w_up': f32[4 8/tensor] local[4 4] on mesh(data=2, tensor=2)}
     """
     layouts = strategy.layouts(declaration, sizes, mesh)
+    whole = strategy.left_whole(declaration, sizes, mesh)
+    if whole:
+        listed = ", ".join(f"{path} ({size:,} bytes)" for path, size in whole)
+        warnings.warn(
+            f"left whole, since no dim can be cut as the strategy asks: {listed}", stacklevel=2
+        )
     paths, params, spec = optree.tree_flatten_with_path(declaration)
     made = []
     for path, param, layout in zip(paths, params, optree.tree_leaves(layouts), strict=True):

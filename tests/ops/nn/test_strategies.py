@@ -1,0 +1,108 @@
+"""Strategies: rows join by name, tables are refused or left whole before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import shardwise as sw
+from shardwise import nn, strategies
+
+
+@pytest.mark.parametrize(
+    ("strategy", "role", "rest", "compute"),
+    [
+        (strategies.data(), "w_up", "...", "... {R:data}"),
+        (strategies.fsdp(), "w_up", ".../data", "... {R:data}"),
+        (strategies.tensor_1d(), "w_up", "embed ffn/tensor", "embed ffn/tensor"),
+        (
+            strategies.data() * strategies.tensor_1d(),
+            "w_o",
+            "heads/tensor head_dim embed",
+            "heads/tensor head_dim embed {R:data}",
+        ),
+        (
+            strategies.fsdp() * strategies.tensor_1d(),
+            "w_down",
+            "ffn/tensor embed .../data",
+            "ffn/tensor embed {R:data}",
+        ),
+        (strategies.tensor_1d(), "q_norm", "head_dim", "head_dim {R:tensor}"),
+        (strategies.tensor_1d(), "attn_norm", "embed", "embed"),
+        (strategies.tensor_1d(kv="replicate"), "w_k", *["embed kv_heads head_dim"] * 2),
+    ],
+)
+def test_rows(strategy: sw.Strategy, role: str, rest: str, compute: str) -> None:
+    assert strategy.rest_row(role) == rest
+    assert strategy.compute_row(role) == compute
+
+
+def test_activations_join_the_batch_axes_in_order() -> None:
+    s = strategies.data() * strategies.data("depth") * strategies.tensor_1d()
+    assert s["ffn"] == "batch/data/depth seq ffn/tensor"
+    assert s["block_in"] == "batch/data/depth seq embed {R:tensor}"
+    assert s["expert_in"] == "expert slot/data/depth embed {R:tensor}"
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "expected"),
+    [
+        ("ffn/tensor embed .../data", (8, 6), "_/tensor/data _"),
+        ("ffn/tensor embed .../data", (2, 6), "_/tensor _/data"),
+        (".../data", (3, 6), "_ _/data"),
+    ],
+)
+def test_the_first_dim_that_divides_is_cut(row: str, shape: tuple[int, int], expected: str) -> None:
+    mesh = sw.make_mesh({"data": 2, "tensor": 2})
+    s = strategies.rows({"w": row})
+    layout = s.layouts({"w": nn.Param(f"{shape[0]} {shape[1]}")}, {}, mesh)["w"]
+    assert str(layout) == expected
+
+
+def test_what_no_dim_lets_be_cut_stays_whole_and_is_reported() -> None:
+    mesh = sw.make_mesh({"data": 4})
+    declaration = {"a": nn.Param("3 8"), "b": nn.Param("3 5")}
+    with pytest.warns(UserWarning, match=r"left whole.*: b \(60 bytes\)"):
+        params = nn.init(sw.random.key(0), declaration, {}, mesh, strategies.fsdp())
+    assert str(params["a"].layout) == "_ _/data"
+    assert str(params["b"].layout) == "_ _"
+    w = sw.value_and_grad(lambda p: (strategies.fsdp().use(p)["b"] ** 2).sum())(params)[1]["b"]
+    torch.testing.assert_close(w.full_tensor(), 2 * params["b"].full_tensor())
+
+
+def test_all_rows_that_do_not_fit_are_listed_by_path() -> None:
+    mesh = sw.make_mesh({"tensor": 4})
+    declaration = {"x": {"w_up": nn.Param("embed -> ffn")}, "w_down": nn.Param("ffn -> embed")}
+    with pytest.raises(sw.LayoutError) as error:
+        strategies.tensor_1d().layouts(declaration, {"embed": 4, "ffn": 6}, mesh)
+    assert "x.w_up: rest row of w_up: dim 1 of size 6 is not divisible by axis 'tensor'" in str(
+        error.value
+    )
+    assert "w_down: rest row of w_down: dim 0 of size 6" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: strategies.data()["tokens"] and strategies.tensor_1d()["hiden"], "did you mean 'hidden'"),
+        (lambda: strategies.data().replace(save="disk"), "option save = 'disk'"),
+        (lambda: strategies.data().option("layers"), "did you mean 'layer'"),
+        (lambda: strategies.data("x") * strategies.tensor_1d("x") and (strategies.fsdp("x") * strategies.tensor_1d("x")).rest_row("w_up"), "axis 'x'"),
+        (lambda: sw.Strategy({"w": "a//b"}), "no dim"),
+        (lambda: strategies.rows({"*_a": "x", "w_*": "y"}).rest_row("w_a"), "matches two patterns"),
+    ],
+)  # fmt: skip  # noqa: E501
+def test_mistakes_are_named(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()  # type: ignore[operator]
+
+
+def test_toml_round_trip_and_table() -> None:
+    s = (strategies.fsdp() * strategies.tensor_1d()).replace(
+        rest={"special": "a b/tensor"}, precision=sw.Precision(torch.bfloat16), recompute="cheap"
+    )
+    assert strategies.from_toml(s.to_toml()) == s
+    mesh = sw.make_mesh({"data": 2, "tensor": 2})
+    shown = s.table({"w_up": nn.Param("embed -> ffn")}, {"embed": 8, "ffn": 8}, mesh)
+    assert "w_up       [8/data 8/tensor]  embed ffn/tensor {R:data}  32" in shown
+    assert "embed ffn/tensor {R:data}" in str(s)
