@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from typing import Any
 
 import torch
 
 import shardwise as sw
 from shardwise import models, strategies
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "warm-up (2 layers)": {"layer": 2, "embed": 256, "heads": 8, "position": 128},
     "GPT-2 124M": {"layer": 12, "embed": 768, "heads": 16, "position": 1024},
     "GPT-2 XL": {"layer": 48, "embed": 1600, "heads": 32, "position": 1024},
@@ -40,7 +41,7 @@ def main() -> None:
         for label, strategy in PRESETS.items():
             bf16 = torch.bfloat16
             strategy = strategy.replace(precision=sw.Precision(bf16, bf16, bf16), recompute="none")
-            config = models.GPT2Config(vocab=50304, **sizes)
+            config = models.GPT2Config(**{"vocab": 50304, **sizes})
             model = models.gpt2(config, strategy)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # small tensors stay whole over 512 devices

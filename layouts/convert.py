@@ -158,6 +158,14 @@ def _placed(block: Tensor, dim: int, place: int, n: int) -> Tensor:
     return out
 
 
+def in_front(shards: Sequence[Tensor], dims: Sequence[int | None], size: int) -> list[Tensor]:
+    """Shards with vmap's dim of `size` first; where one has it not, the same for every entry."""
+    return [
+        s.unsqueeze(0).expand(size, *s.shape) if d is None else s.movedim(d, 0)
+        for s, d in zip(shards, dims, strict=True)
+    ]
+
+
 class Convert(torch.autograd.Function):
     """A step on all shards of this process, with its dual as derivative."""
 
@@ -179,11 +187,7 @@ class Convert(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, step: Step, by: Any, backward: bool, *shards: Tensor) -> Any:  # noqa: D102
-        size = info.batch_size
-        front = [
-            s.unsqueeze(0).expand(size, *s.shape) if d is None else s.movedim(d, 0)
-            for s, d in zip(shards, dims[3:], strict=True)
-        ]
+        front = in_front(shards, dims[3:], info.batch_size)
         return tuple(convert_shards(step.shifted(), front, by, backward)), (0,) * len(shards)
 
 

@@ -20,6 +20,7 @@ from ..meshlib.errors import LayoutError, word
 from ..meshlib.mesh import Mesh
 from ..meshlib.source import user_line
 from ..meshlib.transport import Axes
+from .convert import in_front
 from .sharded import ShardedTensor
 
 Pairs = tuple[tuple[int, int], ...]
@@ -95,10 +96,7 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, shift: Shift, by: Any, backward: bool, *shards: Tensor) -> Any:  # noqa: D102
-        front = [
-            s.unsqueeze(0).expand(info.batch_size, *s.shape) if d is None else s.movedim(d, 0)
-            for s, d in zip(shards, dims[3:], strict=True)
-        ]
+        front = in_front(shards, dims[3:], info.batch_size)
         return tuple(permuted(shift, front, by, backward)), (0,) * len(shards)
 
 

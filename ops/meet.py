@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layouts.convert import convert
+from ..layouts.convert import convert, in_front
 from ..layouts.layout import make
 from ..layouts.sharded import ShardedTensor, make_type
 from ..meshlib import record
@@ -51,10 +51,7 @@ class _Meet(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, mesh: Mesh, axes: Axes, op: ReduceOp, *shards: Tensor) -> Any:
-        front = [
-            s.unsqueeze(0).expand(info.batch_size, *s.shape) if d is None else s.movedim(d, 0)
-            for s, d in zip(shards, dims[3:], strict=True)
-        ]
+        front = in_front(shards, dims[3:], info.batch_size)
         return _meet_shards(mesh, axes, op, front), (0,) * len(shards)
 
 

@@ -140,8 +140,8 @@ def init(
         strategy: its rows at rest.
 
     Returns:
-        The same tree of ShardedTensors; equal values on every mesh. Leaves that a `.../axis` row cannot
-        cut are left whole, and a warning lists them with their bytes per device.
+        The same tree of ShardedTensors; equal values on every mesh. Leaves that a `.../axis` row
+        cannot cut are left whole, and a warning lists them with their bytes per device.
 
     Raises:
         LayoutError: rows that do not fit, all of them, before anything is made.

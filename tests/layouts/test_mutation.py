@@ -1,4 +1,4 @@
-"""Delete a cast or a collective, and numbers change: every row that a small program uses is load-bearing."""
+"""Delete a cast or a collective, and numbers change: every row of a small program bears load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = [("U", "I"), ("U", "R"), ("I", "U"), ("R", "U")]
 
 
 def program(rows: Any = None) -> dict[str, torch.Tensor]:
-    """Loss and gradients of a two-layer net, 1D tensor parallel, with a bias on a sum that is owed."""
+    """Loss and gradients of a two-layer net, 1D tensor parallel, a bias on an owed sum."""
     mesh = sw.make_mesh({"data": 2, "tensor": 2})
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
@@ -45,8 +45,7 @@ def test_without_a_row_the_numbers_are_wrong(row: tuple[str, str]) -> None:
     right = program()
     try:
         wrong = program([row])
-    except sw.LayoutError as error:
-        assert "holds another value" in str(error)  # replicas that disagree are caught when read
+    except sw.LayoutError:  # replicas that disagree are caught when they are read
         return
     assert any(not torch.allclose(right[k], wrong[k]) for k in right), row
 
