@@ -358,9 +358,10 @@ def route_cost(kind: Type, target: Layout) -> tuple[float, Route]:
         return math.inf, ()
     total = 0.0
     now = kind
-    for move in route:
+    for number, move in enumerate(route, 1):
         total += moved(now, move)
-        now = now.with_layout(after(now.layout, move))
+        if number < len(route):
+            now = now.with_layout(after(now.layout, move))
     return total, route
 
 
