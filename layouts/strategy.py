@@ -195,12 +195,16 @@ class Strategy:
         full.check(shape, mesh, f"rest row of {role}")
         return full
 
-    def left_whole(self, declaration: Any, sizes: Any, mesh: Mesh) -> list[tuple[str, int]]:
-        """Parameters that a `.../axis` row could not cut, with their bytes on each device."""
-        layouts = optree.tree_leaves(self.layouts(declaration, sizes, mesh))
+    def left_whole(
+        self, declaration: Any, sizes: Any, mesh: Mesh, layouts: Any
+    ) -> list[tuple[str, int]]:
+        """Parameters that a `.../axis` row could not cut, with their bytes on each device.
+
+        `layouts` is what the method of that name gave for the other arguments.
+        """
         paths, params, _ = optree.tree_flatten_with_path(declaration)
         found: list[tuple[str, int]] = []
-        for path, param, layout in zip(paths, params, layouts, strict=True):
+        for path, param, layout in zip(paths, params, optree.tree_leaves(layouts), strict=True):
             wanted = notation.parse(self.rest_row(str(path[-1]))).rest_axes
             if any(layout.state(axis) == "replicated" for axis in wanted):
                 shape = param.shape(sizes)

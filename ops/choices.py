@@ -48,20 +48,20 @@ def refuse(
     is the statement that converts them, not the whole call.
     """
     call = user_call(operands)
-    name = f"={name}" if has_arguments and not call.text else name
     names = _names(call, operands)
     kinds = [x._type for x in operands]
-    fixes = _fixes(name, rule, kinds, grads, choice, call, names)
+    callee = None if has_arguments and not call.text else name
+    fixes = _fixes(callee, rule, kinds, grads, choice, call, names)
     verdict = f"axis {choice.axis!r}{_explain(rule, kinds, choice, names)}"
     text = word(
         verdict,
-        op=name.lstrip("="),
+        op=name,
         source=call.line,
         operands=list(zip(names, map(str, operands), strict=True)),
         mesh=operands[0].mesh,
         fixes=fixes,
     )
-    return LayoutError(text, kind="choice", op=name.lstrip("="), source=call.line, fixes=fixes)
+    return LayoutError(text, kind="choice", op=name, source=call.line, fixes=fixes)
 
 
 def _names(call: Call, operands: Sequence[ShardedTensor]) -> list[str]:
@@ -99,7 +99,7 @@ def _short(name: str) -> str:
 
 
 def _fixes(
-    name: str,
+    name: str | None,
     rule: Rule,
     kinds: Sequence[Type],
     grads: Sequence[bool],
@@ -132,7 +132,7 @@ def _ways(axis: str, modes: list[str], rule: Rule, where: Sequence[dict[str, Spo
 
 
 def _fix(
-    name: str,
+    name: str | None,
     rule: Rule,
     kinds: Sequence[Type],
     grads: Sequence[bool],
@@ -181,10 +181,10 @@ def _asked(kind: Type, target: Layout) -> Layout:
     return target
 
 
-def _code(name: str, call: Call, names: Sequence[str], changes: dict[int, str]) -> str:
+def _code(name: str | None, call: Call, names: Sequence[str], changes: dict[int, str]) -> str:
     if call.text and call.spans:
         return call.replaced(changes)
-    if name.startswith("="):
+    if name is None:
         return "; ".join(f"{names[i]} = {text}" for i, text in changes.items())
     arguments = ", ".join(changes.get(i, n) for i, n in enumerate(names))
     return f"ops.{name}({arguments})"

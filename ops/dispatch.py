@@ -474,8 +474,3 @@ def export(*functions: Any, methods: Sequence[str] = ()) -> Callable[[Any], Any]
         return ours
 
     return register
-
-
-def is_sharded(x: Any) -> bool:
-    """Whether a value is a ShardedTensor."""
-    return isinstance(x, ShardedTensor)

@@ -155,7 +155,7 @@ def init(
     {'w_up': f32[4 8/tensor] local[4 4] on mesh(data=2, tensor=2)}
     """
     layouts = strategy.layouts(declaration, sizes, mesh)
-    whole = strategy.left_whole(declaration, sizes, mesh)
+    whole = strategy.left_whole(declaration, sizes, mesh, layouts)
     if whole:
         listed = ", ".join(f"{path} ({size:,} bytes)" for path, size in whole)
         warnings.warn(
