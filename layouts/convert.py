@@ -13,7 +13,7 @@ themselves, and they commute with vmap.
 
 `Convert` is the one autograd Function. It is a node on *every* device, so that all devices meet in
 the same backward collectives. It is called through the C `apply` of its base class, which skips the
-binding of the signature (20 us a call, `docs/architecture.md`); under functorch through its own
+binding of the signature (`docs/architecture.md`); under functorch through its own
 `apply`.
 """
 
