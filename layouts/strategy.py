@@ -34,7 +34,7 @@ Table = Mapping[str, str]
 OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a mesh axis or ""
     "layer": None,
     "save": ("gathered", "shard"),
-    "matmul": ("direct",),
+    "matmul": ("direct", "streamed", "ring"),
     "attention": ("local",),
     "order": ("contiguous",),
     "tied": ("once", "per_use"),
@@ -76,6 +76,7 @@ class Strategy:
     activations: Table = field(default_factory=dict)
     precision: Precision = Precision()
     options: Mapping[str, str] = field(default_factory=dict)
+    equal: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("rest", "compute", "activations", "options"):
@@ -115,6 +116,7 @@ class Strategy:
             join_tables(self.activations, other.activations),
             other.precision if self.precision == Precision() else self.precision,
             {**self.options, **other.options},
+            tuple(dict.fromkeys((*self.equal, *other.equal))),
         )
 
     def replace(

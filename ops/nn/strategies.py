@@ -1,4 +1,4 @@
-"""Presets: the rows of data, FSDP and 1D tensor parallelism for a transformer's roles.
+"""Presets: the rows of data, FSDP, 1D, 2D, 2.5D and 3D tensor parallelism for a transformer.
 
 The axis that is gathered at use stands last on its dim, so that one all_gather does it. `hidden` is
 the residual stream, `block_in` the normed input of qkv, of up and gate, and of the head: converted
@@ -8,7 +8,7 @@ once, used by all.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -17,6 +17,7 @@ import torch
 from ...layouts.strategy import Precision, Strategy, Table
 
 _EMPTY: Table = MappingProxyType({})
+KV = Literal["cut", "replicate"]
 
 
 def rows(rest: Table, *, compute: Table = _EMPTY, activations: Table = _EMPTY) -> Strategy:
@@ -55,15 +56,17 @@ def fsdp(axis: str = "data", *, save: Literal["gathered", "shard"] = "shard") ->
     return Strategy({"*": f".../{axis}"}, base.compute, base.activations, options={"save": save})
 
 
-def tensor_1d(axis: str = "tensor", *, kv: Literal["cut", "replicate"] = "cut") -> Strategy:
+def tensor_1d(axis: str = "tensor", *, kv: KV = "cut") -> Strategy:
     """Megatron's tensor parallelism: heads, ffn and vocabulary cut; one all_reduce per half block.
+
+    Cost per layer and device, each way: 4(n-1)/n of the stream [batch seq embed].
 
     Args:
         axis: mesh axis.
         kv: "replicate" leaves keys and values whole, where the axis does not divide their heads.
     """
     t = axis
-    parameters = {
+    rest = {
         "w_q": f"embed heads/{t} head_dim",
         "w_o": f"heads/{t} head_dim embed",
         "w_up": f"embed ffn/{t}",
@@ -78,7 +81,6 @@ def tensor_1d(axis: str = "tensor", *, kv: Literal["cut", "replicate"] = "cut") 
         "e_up": f"expert embed ffn/{t}",
         "e_down": f"expert ffn/{t} embed",
         "router": "embed expert",
-        "*": "...",
     }
     activations = {
         "tokens": "batch seq",
@@ -90,30 +92,212 @@ def tensor_1d(axis: str = "tensor", *, kv: Literal["cut", "replicate"] = "cut") 
         "expert_in": f"expert slot embed {{R:{t}}}",
         "expert_ffn": f"expert slot ffn/{t}",
     }
-    whole = kv == "replicate"
-    keys = {
-        "w_k": "embed kv_heads head_dim" if whole else f"embed kv_heads/{t} head_dim",
-        "b_k": "kv_heads head_dim" if whole else f"kv_heads/{t} head_dim",
-    }
-    keys |= {"w_v": keys["w_k"], "b_v": keys["b_k"]}
+    whole = _Whole(
+        "embed kv_heads head_dim",
+        f"embed kv_heads head_dim {{R:{t}}}",
+        f"kv_heads head_dim {{R:{t}}}",
+        f"batch seq kv_heads head_dim {{R:{t}}}",
+    )
     compute = {"q_norm": f"head_dim {{R:{t}}}"}
-    compute |= {"k_norm": compute["q_norm"]}
-    full = {**parameters, **keys, **_likewise(parameters)}
-    return Strategy(
-        full,
-        {**full, **compute},
-        {
-            **activations,
-            "kv": "batch seq kv_heads head_dim" if whole else f"batch seq kv_heads/{t} head_dim",
-            "attended": activations["heads"],
-        },
+    return _transformer(rest, compute, activations, whole if kv == "replicate" else None)
+
+
+def sequence_parallel(axis: str = "tensor", *, kv: KV = "cut") -> Strategy:
+    """1D with the stream between the products cut over the sequence (Megatron's).
+
+    An all_reduce becomes a reduce_scatter and an all_gather: the same bytes, 1/n of the memory
+    of norms, dropout and residuals.
+
+    Args:
+        axis: mesh axis; it must divide the sequence.
+        kv: as in `tensor_1d`.
+    """
+    return tensor_1d(axis, kv=kv).replace(
+        compute={"*norm*": f"embed {{R:{axis}}}"},
+        activations={"hidden": f"batch seq/{axis} embed"},
     )
 
 
-def _likewise(table: Mapping[str, str]) -> dict[str, str]:
-    """Roles with the rows of another role."""
-    same = {"w_gate": "w_up", "b_gate": "b_up", "e_gate": "e_up", "b_down": "b_o", "head": "embed", "k_norm": "q_norm"}  # fmt: skip  # noqa: E501
-    return {role: table[other] for role, other in same.items()}
+def tensor_2d(
+    row: str = "row",
+    col: str = "col",
+    *,
+    method: Literal["direct", "streamed"] = "streamed",
+    kv: KV = "cut",
+) -> Strategy:
+    """SUMMA: weights and activations in blocks on a square of q x q devices.
+
+    Cost per layer and device, forward: (q-1)/q^2 (7 stream + 12 embed^2); as much backward with
+    method="direct", which holds the gathered operands, and twice as much with "streamed", which
+    holds one panel of 1/q of them at a time.
+
+    Args:
+        row: mesh axis that cuts the batch, and the contracted dim of weights.
+        col: mesh axis of the same size that cuts the features.
+        method: of the matmuls: "streamed" leaves weights and block inputs where they rest.
+        kv: as in `tensor_1d`.
+    """
+    rest = {
+        "w_q": f"embed/{row} heads/{col} head_dim",
+        "w_o": f"heads/{row} head_dim embed/{col}",
+        "w_up": f"embed/{row} ffn/{col}",
+        "w_down": f"ffn/{row} embed/{col}",
+        "b_q": f"heads/{col} head_dim",
+        "b_up": f"ffn/{col}",
+        "b_o": f"embed/{col}",
+        "*norm*": f"embed/{col}",
+        "q_norm": "head_dim",
+        "embed": f"vocab/{col} embed/{row}",
+        "pos": f"position embed/{col}",
+    }
+    gathered = {
+        "w_q": f"embed heads/{col} head_dim {{R:{row}}}",
+        "w_o": f"heads head_dim embed/{col} {{R:{row}}}",
+        "w_up": f"embed ffn/{col} {{R:{row}}}",
+        "w_down": f"ffn embed/{col} {{R:{row}}}",
+    }
+    compute = {
+        "b_q": f"heads/{col} head_dim {{R:{row}}}",
+        "b_up": f"ffn/{col} {{R:{row}}}",
+        "b_o": f"embed/{col} {{R:{row}}}",
+        "*norm*": f"embed/{col} {{R:{row}}}",
+        "q_norm": f"head_dim {{R:{col},{row}}}",
+        "embed": f"vocab/{col} embed {{R:{row}}}",
+        "pos": f"position embed/{col} {{R:{row}}}",
+    }
+    activations = {
+        "tokens": f"batch/{row} seq",
+        "hidden": f"batch/{row} seq embed/{col}",
+        "block_in": f"batch/{row} seq embed {{R:{col}}}",
+        "heads": f"batch/{row} seq heads/{col} head_dim",
+        "ffn": f"batch/{row} seq ffn/{col}",
+        "logits": f"batch/{row} seq vocab/{col}",
+    }
+    if method == "direct":
+        compute |= gathered
+    else:
+        activations["block_in"] = activations["hidden"]
+    whole = _Whole(
+        f"embed/{row}/{col} kv_heads head_dim",
+        f"embed kv_heads head_dim {{R:{row},{col}}}",
+        f"kv_heads head_dim {{R:{row},{col}}}",
+        f"batch/{row} seq kv_heads head_dim {{R:{col}}}",
+    )
+    made = _transformer(rest, compute, activations, whole if kv == "replicate" else None)
+    return replace(made, options={"matmul": method}, equal=((row, col),))
+
+
+def tensor_2p5d(
+    depth: str = "depth",
+    row: str = "row",
+    col: str = "col",
+    *,
+    method: Literal["direct", "streamed"] = "streamed",
+    kv: KV = "cut",
+) -> Strategy:
+    """Tesseract: `depth` squares of SUMMA, each on its own part of the batch.
+
+    Cost per layer and device, forward: (q-1)/q^2 (7 stream / d + 12 embed^2); backward as in 2D,
+    and an all_reduce of the weights' gradients over depth.
+    """
+    return data(depth) * tensor_2d(row, col, method=method, kv=kv)
+
+
+def tensor_3d(i: str = "i", j: str = "j", k: str = "k", *, kv: KV = "cut") -> Strategy:
+    """Blocks on a cube of q x q x q devices: every operand and result is cut by all three axes.
+
+    Cost per layer and device, each way: (q-1)/q^3 (16 stream + 12 embed^2), the least that any
+    layout can move for a square product.
+
+    Args:
+        i: mesh axis that gathers weights.
+        j: mesh axis that cuts features inside a block, and gathers its input.
+        k: mesh axis that cuts the stream's features, and scatters a block's products.
+        kv: as in `tensor_1d`.
+    """
+    rest = {
+        "w_q": f"embed/{k}/{i} heads/{j} head_dim",
+        "w_o": f"heads/{j}/{i} head_dim embed/{k}",
+        "w_up": f"embed/{k}/{i} ffn/{j}",
+        "w_down": f"ffn/{j}/{i} embed/{k}",
+        "b_q": f"heads/{j} head_dim",
+        "b_up": f"ffn/{j}",
+        "b_o": f"embed/{k}",
+        "*norm*": f"embed/{k}",
+        "q_norm": "head_dim",
+        "embed": f"vocab/{j} embed/{k}/{i}",
+        "pos": f"position embed/{k}",
+    }
+    compute = {
+        "w_q": f"embed/{k} heads/{j} head_dim {{R:{i}}}",
+        "w_o": f"heads/{j} head_dim embed/{k} {{R:{i}}}",
+        "w_up": f"embed/{k} ffn/{j} {{R:{i}}}",
+        "w_down": f"ffn/{j} embed/{k} {{R:{i}}}",
+        "b_q": f"heads/{j} head_dim {{R:{i}}}",
+        "b_up": f"ffn/{j} {{R:{i}}}",
+        "b_o": f"embed/{k} {{R:{i}}}",
+        "*norm*": f"embed/{k} {{R:{i},{j}}}",
+        "q_norm": f"head_dim {{R:{i},{j},{k}}}",
+        "embed": f"vocab/{j} embed/{k} {{R:{i}}}",
+        "pos": f"position embed/{k} {{R:{i},{j}}}",
+    }
+    activations = {
+        "tokens": f"batch/{i}/{j} seq",
+        "hidden": f"batch/{i}/{j} seq embed/{k}",
+        "block_in": f"batch/{i} seq embed/{k} {{R:{j}}}",
+        "heads": f"batch/{i}/{k} seq heads/{j} head_dim",
+        "ffn": f"batch/{i}/{k} seq ffn/{j}",
+        "logits": f"batch/{i}/{k} seq vocab/{j}",
+    }
+    whole = _Whole(
+        f"embed/{k}/{i}/{j} kv_heads head_dim",
+        f"embed/{k} kv_heads head_dim {{R:{i},{j}}}",
+        f"kv_heads head_dim {{R:{i},{j}}}",
+        f"batch/{i}/{k} seq kv_heads head_dim {{R:{j}}}",
+    )
+    made = _transformer(rest, compute, activations, whole if kv == "replicate" else None)
+    return replace(made, equal=((i, j, k),))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Rows of key and value heads that the axes do not cut: weight at rest and at use, ..."""
+
+    rest: str
+    compute: str
+    bias: str
+    activation: str
+
+
+def _transformer(rest: Table, compute: Table, activations: Table, whole: _Whole | None) -> Strategy:
+    """A tensor preset from the rows of its table: the roles that go like others are filled in."""
+    rest = {**rest, **_likewise(rest)}
+    compute = {**rest, **compute, **_likewise(compute)}
+    activations = {**activations, **_likewise(activations)}
+    if whole is not None:
+        weights, biases = ("w_k", "w_v"), ("b_k", "b_v")
+        rest |= dict.fromkeys(weights, whole.rest) | dict.fromkeys(biases, "kv_heads head_dim")
+        compute |= dict.fromkeys(weights, whole.compute) | dict.fromkeys(biases, whole.bias)
+        activations["kv"] = whole.activation
+    return Strategy({**rest, "*": "..."}, {**compute, "*": "..."}, activations)
+
+
+# role -> the role whose row it has; of keys and values with kv_heads in the place of heads
+_LIKE = {
+    "w_k": "w_q", "w_v": "w_q", "b_k": "b_q", "b_v": "b_q", "kv": "heads",
+    "w_gate": "w_up", "b_gate": "b_up", "e_gate": "e_up", "b_down": "b_o",
+    "head": "embed", "k_norm": "q_norm", "attended": "heads",
+}  # fmt: skip
+_KEYS = frozenset({"w_k", "w_v", "b_k", "b_v", "kv"})
+
+
+def _likewise(table: Table) -> dict[str, str]:
+    """The rows that other roles share with those of the table."""
+    return {
+        role: table[other].replace("heads", "kv_heads") if role in _KEYS else table[other]
+        for role, other in _LIKE.items()
+        if other in table
+    }
 
 
 def from_toml(text: str) -> Strategy:
