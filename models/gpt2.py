@@ -1,16 +1,12 @@
 """GPT-2: a decoder of pre-norm blocks with learned positions, GELU and a tied head.
 
-Legend: batch, seq, embed, heads, head_dim, ffn, vocab, position, layer are the dims of the roles'
-rows.
-
 Reference: Radford et al. 2019, "Language models are unsupervised multitask learners".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,14 +15,14 @@ from ..layouts.reshard import reshard
 from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn, random
-from ..ops.contract import einsum
-from ..ops.random import Key
-from ..ops.transforms.scan import scan
+from .config import Config
 from .model import Model
+from .names import Source
+from .transformer import Params, Place, attend, causal_model, mlp, project
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(Config):
     """Sizes of a GPT-2; `ffn` 0 means four times `embed`."""
 
     layer: int = 12
@@ -37,19 +33,15 @@ class GPT2Config:
     ffn: int = 0
     dropout: float = 0.0
     eps: float = 1e-5
-    pad: Mapping[str, int] = field(default_factory=dict)
+
+    DERIVED = ("head_dim", "kv_heads")
 
     def __post_init__(self) -> None:
-        for name in ("layer", "embed", "heads", "vocab", "position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1")
-        if self.embed % self.heads:
-            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
         if not self.ffn:
             object.__setattr__(self, "ffn", 4 * self.embed)
-        vocab = self.pad.get("vocab", 1)
-        object.__setattr__(self, "classes", self.vocab)
-        object.__setattr__(self, "vocab", -(-self.vocab // vocab) * vocab)
+        super().__post_init__()
+        if self.embed % self.heads:
+            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
 
     @property
     def head_dim(self) -> int:
@@ -94,27 +86,38 @@ def declare(config: GPT2Config) -> dict[str, Any]:
     }
 
 
-def block(
-    p: Mapping[str, Any], x: ShardedTensor, s: Strategy, config: GPT2Config, key: Key | None
-) -> ShardedTensor:
-    """Attention and MLP, each on the normed stream and added to it: [batch seq embed] -> same."""
-    keys = random.split(key, 2) if key is not None and config.dropout else [None, None]
-    h = nn.layer_norm(x, p["attn_norm"], p["attn_norm_bias"], eps=config.eps)
-    h = reshard(h, s["block_in"])
-    q, k, v = nn.dense(
-        h,
-        (p["w_q"], p["w_k"], p["w_v"]),
-        (p["b_q"], p["b_k"], p["b_v"]),
-        out=(s["heads"], s["kv"], s["kv"]),
-    )
-    a = nn.attention(q, k, v, causal=True, out=s["attended"])
-    y = nn.dense(a, p["w_o"], p["b_o"], out=s["hidden"], inputs=2)
-    x = x + nn.dropout(y, config.dropout, keys[0])
-    h = nn.layer_norm(x, p["mlp_norm"], p["mlp_norm_bias"], eps=config.eps)
-    h = reshard(h, s["block_in"])
-    h = F.gelu(nn.dense(h, p["w_up"], p["b_up"], out=s["ffn"]), approximate="tanh")
-    y = nn.dense(h, p["w_down"], p["b_down"], out=s["hidden"])  # pyright: ignore
-    return x + nn.dropout(y, config.dropout, keys[1])
+def _names() -> dict[str, Source]:
+    """Where each parameter lies on disk: weights are [in, out], q, k and v share one tensor."""
+
+    def fused(part: int, dims: str, along: int, kind: str) -> Source:
+        thirds = ("heads head_dim",) * 3
+        return Source(f"h.{{layer}}.attn.c_attn.{kind}", dims, thirds, part, along)
+
+    table = {
+        "attn_norm": Source("h.{layer}.ln_1.weight", "embed"),
+        "attn_norm_bias": Source("h.{layer}.ln_1.bias", "embed"),
+        "w_o": Source("h.{layer}.attn.c_proj.weight", "(heads head_dim) embed"),
+        "b_o": Source("h.{layer}.attn.c_proj.bias", "embed"),
+        "mlp_norm": Source("h.{layer}.ln_2.weight", "embed"),
+        "mlp_norm_bias": Source("h.{layer}.ln_2.bias", "embed"),
+        "w_up": Source("h.{layer}.mlp.c_fc.weight", "embed ffn"),
+        "b_up": Source("h.{layer}.mlp.c_fc.bias", "ffn"),
+        "w_down": Source("h.{layer}.mlp.c_proj.weight", "ffn embed"),
+        "b_down": Source("h.{layer}.mlp.c_proj.bias", "embed"),
+    }
+    for part, (letter, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
+        table[f"w_{letter}"] = fused(part, f"embed ({heads} head_dim)", 1, "weight")
+        table[f"b_{letter}"] = fused(part, f"({heads} head_dim)", 0, "bias")
+    return {
+        "embed": Source("wte.weight", "vocab embed"),
+        "pos": Source("wpe.weight", "position embed"),
+        **{f"blocks.{role}": source for role, source in table.items()},
+        "final_norm": Source("ln_f.weight", "embed"),
+        "final_norm_bias": Source("ln_f.bias", "embed"),
+    }
+
+
+NAMES = _names()
 
 
 def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
@@ -135,40 +138,28 @@ def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
     """
     s = strategy
 
-    def apply(
-        params: Mapping[str, Any],
-        tokens: ShardedTensor,
-        *,
-        positions: ShardedTensor | None = None,
-        key: Key | None = None,
-    ) -> ShardedTensor:
-        table = s.use({"embed": params["embed"]})["embed"]
-        places = s.use({"pos": params["pos"]})["pos"]
-        x = nn.embedding(tokens, table, out=s["hidden"])
-        at = places[: tokens.shape[1]] if positions is None else nn.embedding(positions, places)
-        x = reshard(x + at, s["hidden"])
+    def norm(p: Params, role: str, x: ShardedTensor) -> ShardedTensor:
+        return nn.layer_norm(x, p[role], p[f"{role}_bias"], eps=config.eps)
 
-        def layer(
-            carry: tuple[ShardedTensor, int], p: Any
-        ) -> tuple[tuple[ShardedTensor, int], None]:
-            x, number = carry
-            own = random.fold_in(key, number) if key is not None else None
-            return (block(s.use(p), x, s, config, own), number + 1), None
+    def embed(params: Params, tokens: ShardedTensor, positions: Any) -> ShardedTensor:
+        p = s.use({role: params[role] for role in ("embed", "pos")})
+        x = nn.embedding(tokens, p["embed"], out=s["hidden"])
+        return reshard(x + nn.embedding(positions, p["pos"]), s["hidden"])
 
-        (x, _), _ = scan(layer, (x, 0), params["blocks"], recompute=s.option("recompute"))  # pyright: ignore
-        last = s.use({k: params[k] for k in ("final_norm", "final_norm_bias")})
-        h = nn.layer_norm(x, last["final_norm"], last["final_norm_bias"], eps=config.eps)
-        if s.option("tied") == "per_use":
-            table = s.use({"embed": params["embed"]})["embed"]
-        return head(reshard(h, s["block_in"]), table, s["logits"])
+    def block(p: Params, x: ShardedTensor, place: Place) -> ShardedTensor:
+        drop = place.key is not None and config.dropout > 0
+        keys: Any = random.split(place.key, 2) if drop else (None, None)  # pyright: ignore
+        h = reshard(norm(p, "attn_norm", x), s["block_in"])
+        y = project(p, attend(p, h, s, place), s)
+        x = x + nn.dropout(y, config.dropout, keys[0])
+        h = reshard(norm(p, "mlp_norm", x), s["block_in"])
+        y = mlp(p, h, s, lambda u: F.gelu(u, approximate="tanh"))
+        return x + nn.dropout(y, config.dropout, keys[1])
 
-    def loss(params: Mapping[str, Any], batch: Mapping[str, Any], *, key: Key | None = None) -> Any:
-        logits = apply(params, batch["tokens"], key=key)
-        return nn.cross_entropy(logits, batch["labels"], classes=config.classes)  # pyright: ignore
+    def last(params: Params, x: ShardedTensor) -> ShardedTensor:
+        p = s.use({role: params[role] for role in ("final_norm", "final_norm_bias")})
+        return norm(p, "final_norm", x)
 
-    return Model(config, s, declare(config), apply, loss)
-
-
-def head(h: ShardedTensor, table: ShardedTensor, out: str) -> ShardedTensor:
-    """Logits of the tied head: [batch seq embed] and [vocab embed] -> [batch seq vocab]."""
-    return einsum("batch seq embed, vocab embed -> batch seq vocab", h, table, out=out)
+    return causal_model(
+        config, s, declare(config), embed=embed, block=block, last=last, names=NAMES
+    )

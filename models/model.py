@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import optree
+import torch
 
 from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..meshlib.mesh import Mesh
 from ..ops import nn
 from ..ops.random import Key
+from .names import Source
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Model:
         declaration: tree of `nn.Param`.
         apply: (params, tokens, *, positions=None, key=None) -> logits [batch seq vocab].
         loss: (params, batch, *, key=None) -> scalar; the batch has tokens and labels [batch seq].
+        names: parameter path to its place in a Hugging Face checkpoint.
     """
 
     config: Any
@@ -33,12 +36,26 @@ class Model:
     declaration: Any
     apply: Callable[..., ShardedTensor]
     loss: Callable[..., ShardedTensor]
+    names: Mapping[str, Source] = field(default_factory=dict)
 
     def init(self, key: Key, mesh: Mesh) -> Any:
-        """Initial parameters at rest; equal values on every mesh."""
-        return nn.init(key, self.declaration, self.config, mesh, self.strategy)
+        """Initial parameters at rest; equal values on every mesh. Padding is zero."""
+        params = nn.init(key, self.declaration, self.config, mesh, self.strategy)
+        if not getattr(self.config, "pad", None):
+            return params
+        return optree.tree_map(self._without_padding, self.declaration, params)
+
+    def _without_padding(self, param: nn.Param, value: ShardedTensor) -> ShardedTensor:
+        true, sizes = self.config.true_sizes, self.config.sizes
+        for dim, name in enumerate(param.names):
+            if name in true and true[name] != sizes[name]:
+                inside = torch.arange(sizes[name], device=value.device) < true[name]
+                inside = inside.reshape([-1 if d == dim else 1 for d in range(value.ndim)])
+                value = value * inside.to(value.dtype)
+        return value
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all parameters."""
-        return sum(math.prod(p.shape(self.config)) for p in optree.tree_leaves(self.declaration))
+        """Elements of all parameters, without padding."""
+        sizes = getattr(self.config, "true_sizes", self.config)
+        return sum(math.prod(p.shape(sizes)) for p in optree.tree_leaves(self.declaration))

@@ -6,6 +6,8 @@ row: `embedding(ids, table, out=s["hidden"])`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 
 from ...layouts.layout import LayoutLike, make
@@ -18,7 +20,7 @@ from ..random import Key
 
 
 def embedding(
-    ids: ShardedTensor, table: ShardedTensor, *, out: LayoutLike | None = None
+    ids: Any, table: ShardedTensor, *, out: LayoutLike | None = None
 ) -> ShardedTensor:
     """Rows of a table [vocab, embed] by integer ids; the vocabulary may be cut.
 
@@ -26,9 +28,11 @@ def embedding(
 
     Cost: with a cut vocabulary, the sum of partial lookups is reduced by `out`.
     """
-    whole = frozenset(table.layout.dims[0])
-    kept = make(tuple(tuple(a for a in axes if a not in whole) for axes in ids.layout.dims))
-    found = F.embedding(reshard_one(ids, kept), table)  # pyright: ignore
+    if isinstance(ids, ShardedTensor):
+        whole = frozenset(table.layout.dims[0])
+        kept = make(tuple(tuple(a for a in axes if a not in whole) for axes in ids.layout.dims))
+        ids = reshard_one(ids, kept)
+    found = F.embedding(ids, table)  # pyright: ignore
     return found if out is None else reshard_one(found, out)  # pyright: ignore
 
 

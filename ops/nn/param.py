@@ -100,13 +100,14 @@ class Param:
 
 
 def size_of(name: str, sizes: Mapping[str, int] | Any) -> int:
-    """The size of a named dim, in a mapping or as an attribute of a config.
+    """The size of a named dim, in a mapping, a config's `sizes`, or as an attribute.
 
     Raises:
         KeyError: an unknown name, with the nearest.
     """
     if name.isdigit():
         return int(name)
+    sizes = getattr(sizes, "sizes", sizes)
     if isinstance(sizes, Mapping):
         if name in sizes:
             return int(sizes[name])

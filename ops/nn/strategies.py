@@ -78,12 +78,15 @@ def tensor_1d(axis: str = "tensor", *, kv: KV = "cut") -> Strategy:
         "q_norm": "head_dim",
         "embed": f"vocab/{t} embed",
         "pos": "position embed",
+        "b_vocab": f"vocab/{t}",
         "e_up": f"expert embed ffn/{t}",
         "e_down": f"expert ffn/{t} embed",
         "router": "embed expert",
     }
     activations = {
         "tokens": "batch seq",
+        "images": "batch channel height width",
+        "labels": "batch",
         "hidden": "batch seq embed",
         "block_in": f"batch seq embed {{R:{t}}}",
         "heads": f"batch seq heads/{t} head_dim",
@@ -149,6 +152,7 @@ def tensor_2d(
         "q_norm": "head_dim",
         "embed": f"vocab/{col} embed/{row}",
         "pos": f"position embed/{col}",
+        "b_vocab": f"vocab/{col}",
     }
     gathered = {
         "w_q": f"embed heads/{col} head_dim {{R:{row}}}",
@@ -164,9 +168,12 @@ def tensor_2d(
         "q_norm": f"head_dim {{R:{col},{row}}}",
         "embed": f"vocab/{col} embed {{R:{row}}}",
         "pos": f"position embed/{col} {{R:{row}}}",
+        "b_vocab": f"vocab/{col} {{R:{row}}}",
     }
     activations = {
         "tokens": f"batch/{row} seq",
+        "images": f"batch/{row} channel height width",
+        "labels": f"batch/{row}",
         "hidden": f"batch/{row} seq embed/{col}",
         "block_in": f"batch/{row} seq embed {{R:{col}}}",
         "heads": f"batch/{row} seq heads/{col} head_dim",
@@ -227,6 +234,7 @@ def tensor_3d(i: str = "i", j: str = "j", k: str = "k", *, kv: KV = "cut") -> St
         "q_norm": "head_dim",
         "embed": f"vocab/{j} embed/{k}/{i}",
         "pos": f"position embed/{k}",
+        "b_vocab": f"vocab/{j}",
     }
     compute = {
         "w_q": f"embed/{k} heads/{j} head_dim {{R:{i}}}",
@@ -240,9 +248,12 @@ def tensor_3d(i: str = "i", j: str = "j", k: str = "k", *, kv: KV = "cut") -> St
         "q_norm": f"head_dim {{R:{i},{j},{k}}}",
         "embed": f"vocab/{j} embed/{k} {{R:{i}}}",
         "pos": f"position embed/{k} {{R:{i},{j}}}",
+        "b_vocab": f"vocab/{j} {{R:{i}}}",
     }
     activations = {
         "tokens": f"batch/{i}/{j} seq",
+        "images": f"batch/{i}/{j} channel height width",
+        "labels": f"batch/{i}/{j}",
         "hidden": f"batch/{i}/{j} seq embed/{k}",
         "block_in": f"batch/{i} seq embed/{k} {{R:{j}}}",
         "heads": f"batch/{i}/{k} seq heads/{j} head_dim",
@@ -282,20 +293,34 @@ def _transformer(rest: Table, compute: Table, activations: Table, whole: _Whole 
     return Strategy({**rest, "*": "..."}, {**compute, "*": "..."}, activations)
 
 
-# role -> the role whose row it has; of keys and values with kv_heads in the place of heads
-_LIKE = {
-    "w_k": "w_q", "w_v": "w_q", "b_k": "b_q", "b_v": "b_q", "kv": "heads",
-    "w_gate": "w_up", "b_gate": "b_up", "e_gate": "e_up", "b_down": "b_o",
-    "head": "embed", "k_norm": "q_norm", "attended": "heads",
-}  # fmt: skip
-_KEYS = frozenset({"w_k", "w_v", "b_k", "b_v", "kv"})
+# role -> the role whose row it has, and a dim's name there and here
+_LIKE: dict[str, tuple[str, str, str]] = {
+    "w_k": ("w_q", "heads", "kv_heads"),
+    "w_v": ("w_q", "heads", "kv_heads"),
+    "b_k": ("b_q", "heads", "kv_heads"),
+    "b_v": ("b_q", "heads", "kv_heads"),
+    "kv": ("heads", "heads", "kv_heads"),
+    "attended": ("heads", "", ""),
+    "w_gate": ("w_up", "", ""),
+    "b_gate": ("b_up", "", ""),
+    "e_gate": ("e_up", "", ""),
+    "b_down": ("b_o", "", ""),
+    "head": ("embed", "", ""),
+    "k_norm": ("q_norm", "", ""),
+    "w_mix": ("w_up", "", ""),  # embed -> embed outside the blocks (BERT's transform)
+    "b_mix": ("b_up", "", ""),
+    "types": ("pos", "position", "types"),
+    "w_patch": ("pos", "position", "pixel"),
+    "b_patch": ("*norm*", "", ""),
+    "cls": ("*norm*", "", ""),
+}
 
 
 def _likewise(table: Table) -> dict[str, str]:
     """The rows that other roles share with those of the table."""
     return {
-        role: table[other].replace("heads", "kv_heads") if role in _KEYS else table[other]
-        for role, other in _LIKE.items()
+        role: table[other].replace(there, here) if there else table[other]
+        for role, (other, there, here) in _LIKE.items()
         if other in table
     }
 

@@ -29,7 +29,12 @@ from shardwise import nn, strategies
         ),
         (strategies.tensor_1d(), "q_norm", "head_dim", "head_dim {R:tensor}"),
         (strategies.tensor_1d(), "attn_norm", "embed", "embed"),
-        (strategies.tensor_1d(kv="replicate"), "w_k", *["embed kv_heads head_dim"] * 2),
+        (
+            strategies.tensor_1d(kv="replicate"),
+            "w_k",
+            "embed kv_heads head_dim",
+            "embed kv_heads head_dim {R:tensor}",
+        ),
     ],
 )
 def test_rows(strategy: sw.Strategy, role: str, rest: str, compute: str) -> None:
