@@ -5,15 +5,11 @@ A *role* is the name of a tensor: a parameter's last key, or an activation's nam
 between ops lie. An exact role beats a pattern. Rows speak of a parameter's own dims; the dims that
 stacking added come from options.
 
-Two strategies multiply: rows are joined by dim name, axes of the first before axes of the second,
-states united. A "*" row joins every row: `batch/data ...` touches the rows that have a dim of that
-name, `... {R:data}` all, and `.../data` cuts the first dim that the axis divides, behind what cuts
-it already.
+Two strategies multiply: `rows` says how their rows join.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,11 +22,13 @@ import torch
 from ..meshlib.errors import LayoutError, nearest
 from ..meshlib.mesh import Mesh
 from . import notation
-from .layout import Layout, make, resolve
+from .layout import Layout, make
+from .picture import Picture
+from .picture import Table as PictureTable
 from .reshard import reshard_one
+from .rows import Table, find_row, join_tables, rest_layout, row_layout
 from .sharded import ShardedTensor
 
-Table = Mapping[str, str]
 OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a mesh axis or ""
     "layer": None,
     "save": ("gathered", "shard"),
@@ -40,6 +38,7 @@ OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a 
     "tied": ("once", "per_use"),
     "recompute": ("none", "cheap", "all"),
 }
+PADDABLE = ("vocab", "heads", "kv_heads", "ffn")  # dims that a config can round up
 DEFAULTS = {
     "layer": "", "save": "gathered", "matmul": "direct", "attention": "local",
     "order": "contiguous", "tied": "per_use", "recompute": "none",
@@ -62,6 +61,8 @@ def _frozen(table: Mapping[str, str]) -> Mapping[str, str]:
 @dataclass(frozen=True)
 class Strategy:
     """Rows of role -> layout string: at rest, at use, and of activations; plus options.
+
+    `equal` lists groups of axes that must be of one size: the sides of a square or a cube.
 
     >>> from shardwise import strategies
     >>> s = strategies.data() * strategies.tensor_1d()
@@ -176,7 +177,7 @@ class Strategy:
         """
         paths, leaves, spec = optree.tree_flatten_with_path(declaration)
         found: list[Layout] = []
-        problems: list[str] = []
+        problems = self._unequal(mesh)
         for path, param in zip(paths, leaves, strict=True):
             name = ".".join(map(str, path))
             try:
@@ -186,6 +187,57 @@ class Strategy:
         if problems:
             raise LayoutError("\n".join(problems), kind="indivisible")
         return spec.unflatten(found)
+
+    def _unequal(self, mesh: Mesh) -> list[str]:
+        """What is wrong with the sizes of the axes."""
+        for axes in self.equal:
+            mesh.check_axes(axes)
+        shapes = {2: "square", 3: "cube"}
+        return [
+            f"axes {', '.join(map(repr, axes))} are the sides of a {shapes[len(axes)]}, "
+            f"so they must be of one size; {mesh} has {', '.join(str(mesh.axes[a]) for a in axes)}"
+            for axes in self.equal
+            if len({mesh.axes[a] for a in axes}) > 1
+        ]
+
+    def check(self, sizes: Any, mesh: Mesh, **more: int) -> None:
+        """Refuse what cannot run: unequal sides, and activations that an axis does not divide.
+
+        Args:
+            sizes: dim to size: a mapping, or a config.
+            mesh: where to.
+            **more: sizes that no config has: batch, seq.
+
+        Raises:
+            LayoutError: all problems, each with the role, the dim, the axes and both sizes.
+            MeshError: an axis that the mesh has not.
+
+        >>> import shardwise as sw
+        >>> mesh = sw.make_mesh({"tensor": 4})
+        >>> sw.strategies.tensor_1d().check({"heads": 6}, mesh)
+        Traceback (most recent call last):
+        ...
+        shardwise.meshlib.errors.LayoutError: strategy: dim 'heads' of size 6 (heads, attended) is \
+not divisible by 4 ('tensor'); pad it: pad.heads = 4
+        """
+        known = {**_mapping(sizes), **more}
+        wrong: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for role, row in self.activations.items():
+            parsed = notation.parse(row)
+            for name, axes in zip(parsed.names, parsed.dims, strict=True):
+                mesh.check_axes(axes)
+                if name in known and known[name] % mesh.group_size(axes):
+                    wrong.setdefault((name, axes), []).append(role)
+        problems = self._unequal(mesh)
+        for (name, axes), roles in wrong.items():
+            n = mesh.group_size(axes)
+            hint = f"; pad it: pad.{name} = {n}" if name in PADDABLE else ""
+            problems.append(
+                f"dim {name!r} of size {known[name]} ({', '.join(roles)}) is not divisible by "
+                f"{n} ({'/'.join(axes)!r}){hint}"
+            )
+        if problems:
+            raise LayoutError("strategy: " + "\n".join(problems), kind="indivisible")
 
     def _rest_layout(self, role: str, param: Any, sizes: Any, mesh: Mesh) -> Layout:
         shape = param.shape(sizes)
@@ -214,11 +266,11 @@ class Strategy:
                 found.append((".".join(map(str, path)), size))
         return found
 
-    def table(self, declaration: Any, sizes: Any, mesh: Mesh) -> str:
+    def table(self, declaration: Any, sizes: Any, mesh: Mesh) -> Picture:
         """Per parameter: its type at rest, its compute row, and its bytes on one device."""
         layouts = self.layouts(declaration, sizes, mesh)
         paths, params, _ = optree.tree_flatten_with_path(declaration)
-        rows = [("parameter", "at rest", "at use", "bytes per device")]
+        rows: list[tuple[str, ...]] = []
         for path, param, layout in zip(paths, params, optree.tree_leaves(layouts), strict=True):
             shape = param.shape(sizes)
             dims = " ".join("/".join((str(n), *a)) for n, a in zip(shape, layout.dims, strict=True))
@@ -231,16 +283,15 @@ class Strategy:
                     f"{size:,}",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        head = ("parameter", "at rest", "at use", "bytes per device")
+        return Picture((PictureTable(head, tuple(rows)),))
 
     def to_toml(self) -> str:
         """The strategy as TOML tables, which `strategies.from_toml` reads back."""
         lines = ["[strategy]"]
         lines += [f'{name} = "{value}"' for name, value in self.options.items()]
+        if self.equal:
+            lines.append(f"equal = {[list(axes) for axes in self.equal]}".replace("'", '"'))
         for name in ("rest", "compute", "activations"):
             lines += ["", f"[strategy.{name}]"]
             lines += [f'"{role}" = "{row}"' for role, row in getattr(self, name).items()]
@@ -262,136 +313,7 @@ class Strategy:
         return "\n".join(parts)
 
 
-def find_row(table: Table, role: str, name: str) -> str:
-    """The row of a role: exact, else the one pattern that matches."""
-    if role in table:
-        return table[role]
-    hits = [
-        p for p in table if p != "*" and any(c in p for c in "*?[") and fnmatch.fnmatchcase(role, p)
-    ]
-    if len(hits) > 1:
-        raise LayoutError(f"strategy: role {role!r} matches two patterns of {name}: {hits}")
-    if hits:
-        return table[hits[0]]
-    if "*" in table:
-        return table["*"]
-    raise LayoutError(f"strategy: no row of {name} for role {role!r}{nearest(role, table)}")
-
-
-def row_layout(row: str, shape: Any, mesh: Mesh, has: Layout | None, what: str = "") -> Layout:
-    """A row resolved on a shape.
-
-    `.../axis` beside spoken dims cuts the first dim that the axis divides.
-    """
-    parsed = notation.parse(row)
-    ndim = len(shape)
-    if parsed.rest is None or len(parsed.dims) < ndim or not parsed.rest_axes:
-        layout = resolve(row, ndim, has, shape, mesh)
-        if layout.ndim != ndim:
-            raise LayoutError(
-                f"{what}: '{row}' speaks of {layout.ndim} dims, the tensor has {ndim}"
-            )
-        return layout
-    dims = [list(d) for d in parsed.dims]
-    for axis in parsed.rest_axes:
-        mesh.check_axes((axis,))
-        for number, axes in enumerate(dims):
-            over = math.prod(mesh.axes[a] for a in (*axes, axis))
-            if shape[number] % over == 0:
-                axes.append(axis)
-                break
-        else:
-            raise LayoutError(
-                f"{what}: axis {axis!r} of size {mesh.axes[axis]} divides no dim of "
-                f"{tuple(shape)} under '{row}'",
-                kind="indivisible",
-            )
-    return make(
-        tuple(map(tuple, dims)),
-        parsed.states["U"],
-        parsed.states["R"],
-        parsed.states["V"],
-        parsed.memory,
-        parsed.at,
-    )
-
-
-def rest_layout(row: str, shape: Any, mesh: Mesh, what: str = "") -> Layout:
-    """A row at rest; a tensor that the axis of `.../axis` divides nowhere stays whole over it."""
-    try:
-        return row_layout(row, shape, mesh, None, what)
-    except LayoutError as error:
-        axes = notation.parse(row).rest_axes
-        if not axes or error.kind != "indivisible":
-            raise
-    return row_layout(row.replace("/".join(("...", *axes)), "..."), shape, mesh, None, what)
-
-
-def join_tables(a: Table, b: Table) -> dict[str, str]:
-    """Rows of both, joined; a "*" row of one side joins every exact row of the other."""
-    joined: dict[str, str] = {}
-    for role in dict.fromkeys([*a, *b]):
-        left = a.get(role) if role in a else a.get("*") if role not in ("*",) else None
-        right = b.get(role) if role in b else b.get("*") if role not in ("*",) else None
-        if left is None or right is None:
-            joined[role] = left or right or "..."
-        else:
-            joined[role] = join(left, right, role)
-    return joined
-
-
-def join(a: str, b: str, role: str = "") -> str:
-    """Two rows as one: by dim name, axes of a before axes of b, states united."""
-    one, two = notation.parse(a), notation.parse(b)
-    exact, other = (
-        (one, two) if one.rest is None or (two.rest is not None and one.dims) else (two, one)
-    )
-    if one.rest is None and two.rest is None and one.names != two.names:
-        raise LayoutError(f"strategy: rows of {role!r} name other dims: '{a}' and '{b}'")
-    if (
-        one.rest is not None
-        and two.rest is not None
-        and set(two.names) - set(one.names)
-        and one.dims
-    ):
-        raise LayoutError(f"strategy: rows of {role!r} cannot be joined: '{a}' and '{b}'")
-    axes_of = [dict(zip(p.names, p.dims, strict=True)) for p in (one, two)]
-    named = set().union(*exact.dims, *exact.states.values())
-    dims: list[tuple[str, ...]] = []
-    for name in exact.names:
-        both = [axes_of[0].get(name, ()), axes_of[1].get(name, ())]
-        extra = 1 if exact is one else 0
-        if other.rest is not None:  # an exact row beats a "*" row on the axes that it names
-            both[extra] = tuple(x for x in both[extra] if x not in named)
-        dims.append(tuple(dict.fromkeys((*both[0], *both[1]))))
-    cut = set().union(*dims) if dims else set()
-    states = {
-        s: frozenset(
-            axis
-            for p in (one, two)
-            for axis in p.states[s]
-            if axis not in cut and (p is exact or axis not in named or axis in exact.states[s])
-        )
-        for s in "URV"
-    }
-    tail = [x for p in (one, two) for x in p.rest_axes if x not in cut]
-    flat = [x for d in dims for x in d] + tail
-    twice = {x for x in flat if flat.count(x) > 1}
-    if twice:
-        raise LayoutError(
-            f"strategy: rows of {role!r} put axis {sorted(twice)[0]!r} on two dims: '{a}' and '{b}'"
-        )
-    both_open = one.rest is not None and two.rest is not None
-    words = ["/".join((name, *axes)) for name, axes in zip(exact.names, dims, strict=True)]
-    if both_open:
-        words.insert(
-            exact.rest or 0 if exact.rest is not None else len(words), "/".join(("...", *tail))
-        )
-    elif tail:
-        words.append("/".join(("...", *tail)))
-    words.append(notation.write_states(states))
-    memory = next((p.memory for p in (two, one) if p.memory != "device"), "device")
-    words.append("" if memory == "device" else f"@{memory}")
-    places = dict(one.at) | dict(two.at)
-    words += [f"@{axis}={','.join(map(str, at))}" for axis, at in places.items()]
-    return " ".join(w for w in words if w)
+def _mapping(sizes: Any) -> Mapping[str, int]:
+    """Dim to size, of a mapping, a config with `sizes`, or any object."""
+    sizes = getattr(sizes, "sizes", sizes)
+    return sizes if isinstance(sizes, Mapping) else vars(sizes)

@@ -337,5 +337,6 @@ def from_toml(text: str) -> Strategy:
     given = dict(tables.get("strategy", {}))
     names = ("rest", "compute", "activations")
     parts = {name: given.pop(name, {}) for name in names}
+    equal = tuple(tuple(axes) for axes in given.pop("equal", ()))
     dtypes = {name: getattr(torch, dtype) for name, dtype in tables.get("precision", {}).items()}
-    return Strategy(**parts, precision=Precision(**dtypes), options=given)
+    return Strategy(**parts, precision=Precision(**dtypes), options=given, equal=equal)

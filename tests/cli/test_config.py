@@ -186,7 +186,7 @@ def test_shipped_example_is_valid() -> None:
             "model",
             "emebd = 3",
             "job.toml:12: model.emebd: unknown key; did you mean 'embed'? (known: 'embed', "
-            "'vocab', 'heads', 'dropout', 'tied', 'sizes', 'names')",
+            "'vocab', 'heads', 'dropout', 'tied', 'sizes', 'names', 'pad')",
         ),
         # names
         (
@@ -301,7 +301,17 @@ def test_shipped_example_is_valid() -> None:
         ),
         # not yet
         ("strategy", 'layer = "pipe"', "job.toml:9: strategy.layer: not supported by this version"),
-        ("model", "pad.vocab = 3", "job.toml:12: model.pad: not supported by this version"),
+        (
+            "model",
+            "pad.vocab = 0",
+            "job.toml:12: model.pad.vocab: expected an integer of at least 1, found 0",
+        ),
+        (
+            "model",
+            'load = "."',
+            "job.toml:11: model: name a family to start from nothing, or a folder to load, "
+            "not both",
+        ),
         ("", "[zero]\nstage = 2", "job.toml:1: zero: not supported by this version"),
     ],
 )
@@ -318,9 +328,9 @@ def test_one_problem_in_words(tmp_path: Path, table: str, line: str, words: str)
             "unknown value 'tenosr_1d'; did you mean 'tensor_1d'? "
             "(known: 'data', 'fsdp', 'tensor_1d', 'tensor_3d')",
         ),
-        ('"data("', "'data(' is no preset; write name or name(axis, ...)"),
-        ('"data()"', "'data()' is no preset; write name or name(axis, ...)"),
-        ('"data(a b)"', "'data(a b)' is no preset; write name or name(axis, ...)"),
+        ('"data("', "'data(' is no preset; write name or name(axis, ..., option=value)"),
+        ('"data()"', "'data()' is no preset; write name or name(axis, ..., option=value)"),
+        ('"data(a b)"', "'data(a b)' is no preset; write name or name(axis, ..., option=value)"),
         ("3", "expected a string, found 3 (an integer)"),
         ("{ name = 'data' }", 'expected a string, found {name = "data"} (a table)'),
     ],
@@ -334,7 +344,10 @@ def test_a_bad_preset_in_words(tmp_path: Path, presets: str, words: str) -> None
     ("line", "words"),
     [
         ("steps = 100", "job.toml:1: run.steps: missing; expected an integer of at least 1"),
-        ('family = "tiny"', "job.toml:11: model.family: missing; expected a name"),
+        (
+            'family = "tiny"',
+            "job.toml:13: model.embed: depends on model.family, which is missing",
+        ),
         ("embed = 8", "job.toml:11: model.embed: missing; expected an integer"),
         ('text = "plays.txt"', "job.toml:15: data.text: missing; expected a path"),
         ("lr = 1", "job.toml:20: optimizer.lr: missing; expected a number above 0"),
@@ -497,7 +510,7 @@ def test_a_path_in_an_override_is_relative_to_the_shell(
         (
             "model.heds=1",
             "model.heds: unknown key; did you mean 'heads'? (known: 'embed', 'vocab', "
-            "'heads', 'dropout', 'tied', 'sizes', 'names')",
+            "'heads', 'dropout', 'tied', 'sizes', 'names', 'pad')",
         ),
         ("zero.stage=1", "zero: not supported by this version"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +11,23 @@ import torch
 from torch import Tensor
 
 from ..layouts.strategy import Precision, Strategy
+from ..meshlib.errors import nearest
 from ..meshlib.mesh import Mesh, make_mesh
 from ..models import GPT2Config, Model, gpt2
 from ..ops.nn import strategies
 from ..optim import Transform, adamw, chain, clip_by_global_norm, schedules
 from . import text
-from .config import Config, ModelTable, OptimizerTable, PrecisionTable, StrategyTable
+from .config import Config, ModelTable, OptimizerTable, PrecisionTable, Preset, StrategyTable
 
 FAMILIES: dict[str, tuple[type, Callable[[Any, Strategy], Model]]] = {"gpt2": (GPT2Config, gpt2)}
 PRESETS: dict[str, Callable[..., Strategy]] = {
     "data": strategies.data,
     "fsdp": strategies.fsdp,
     "tensor_1d": strategies.tensor_1d,
+    "sequence_parallel": strategies.sequence_parallel,
+    "tensor_2d": strategies.tensor_2d,
+    "tensor_2p5d": strategies.tensor_2p5d,
+    "tensor_3d": strategies.tensor_3d,
 }
 DERIVED = ("vocab", "position")  # fields of a model's config that the data decides
 IS_DECAYED = (
@@ -50,7 +56,7 @@ def build_strategy(table: StrategyTable, precision: PrecisionTable) -> Strategy:
     """Presets joined left to right, then the file's own rows and options."""
     found = Strategy({"*": "..."}, {"*": "..."}, {"*": "..."})
     for preset in table.preset:
-        found = found * PRESETS[preset.name](*preset.axes)
+        found = found * _preset(preset, table.matmul)
     dtypes = Precision(
         *(getattr(torch, getattr(precision, name)) for name in ("param", "compute", "reduce"))
     )
@@ -61,6 +67,26 @@ def build_strategy(table: StrategyTable, precision: PrecisionTable) -> Strategy:
         precision=dtypes,
         **table.options,
     )
+
+
+def _preset(preset: Preset, matmul: str | None) -> Strategy:
+    """One preset; the file's matmul method is its own where it has one."""
+    make = PRESETS[preset.name]
+    takes = inspect.signature(make).parameters
+    axes = [name for name, p in takes.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    own = {name: p.annotation for name, p in takes.items() if p.kind is p.KEYWORD_ONLY}
+    if len(preset.axes) > len(axes):
+        raise ValueError(
+            f"strategy.preset: {preset.name} takes {len(axes)} axes ({', '.join(axes)}), "
+            f"got {', '.join(preset.axes)}"
+        )
+    for name, _ in preset.options:
+        if name not in own:
+            raise ValueError(f"strategy.preset: {preset.name}: unknown option {name!r}{nearest(name, own)}")  # fmt: skip  # noqa: E501
+    options: dict[str, Any] = dict(preset.options)
+    if matmul is not None and "method" in own:
+        options.setdefault("method", matmul)
+    return make(*preset.axes, **options)
 
 
 def build_model(table: ModelTable, seq: int, strategy: Strategy) -> Model:

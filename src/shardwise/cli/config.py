@@ -44,24 +44,33 @@ Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A strategy preset by name, with its axes where they are not the preset's own.
+    """A strategy preset by name, with axes and options where they are not the preset's own.
 
     >>> Preset.parse("tensor_2d(row, col)")
-    Preset(name='tensor_2d', axes=('row', 'col'))
+    Preset(name='tensor_2d', axes=('row', 'col'), options=())
+    >>> Preset.parse("tensor_1d(kv=replicate)").options
+    (('kv', 'replicate'),)
     """
 
     name: Annotated[str, Known("presets")]
     axes: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def parse(text: str) -> Preset:
-        """Read "name" or "name(axis, ...)"."""
-        found = re.fullmatch(r"\s*(\w+)\s*(?:\(([\w\s,]*)\))?\s*", text)
+        """Read "name" or "name(axis, ..., option=value)"."""
+        found = re.fullmatch(r"\s*(\w+)\s*(?:\(([\w\s,=]*)\))?\s*", text)
         inside = found[2] if found else None
-        axes = () if inside is None else tuple(axis.strip() for axis in inside.split(","))
-        if found is None or not all(axis.isidentifier() for axis in axes):
-            raise ValueError(f"{text!r} is no preset; write name or name(axis, ...)")
-        return Preset(found[1], axes)
+        parts = () if inside is None else tuple(part.strip() for part in inside.split(","))
+        axes = tuple(part for part in parts if "=" not in part)
+        given = [part.split("=") for part in parts if "=" in part]
+        words = [*axes, *(word.strip() for pair in given for word in pair)]
+        if found is None or any(len(pair) != 2 for pair in given):
+            words = [""]
+        if not all(word.isidentifier() for word in words):
+            raise ValueError(f"{text!r} is no preset; write name or name(axis, ..., option=value)")
+        options = tuple((key.strip(), value.strip()) for key, value in given)
+        return Preset(found[1], axes, options)  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -127,10 +136,23 @@ class PrecisionTable:
 
 @dataclass(frozen=True)
 class ModelTable:
-    """[model]: the family, and fields of that family's config dataclass."""
+    """[model]: a family with fields of its config, a named size of it, or a folder to load.
 
-    family: Annotated[str, Known("families")]
+    `preset` is a size of the family, over which the fields go; `load` is a Hugging Face folder,
+    whose config says the rest; `pad` rounds dims up to multiples.
+    """
+
+    family: Annotated[str, Known("families")] | None = None
+    preset: str | None = None
+    load: Path | None = None
+    pad: Mapping[str, Count] = field(default_factory=dict)
     fields: Annotated[Mapping[str, Any], Rest(schema="family")] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.family is None) == (self.load is None):
+            raise ValueError("name a family to start from nothing, or a folder to load, not both")
+        if self.preset is not None and self.family is None:
+            raise ValueError("preset is a size of a family: name the family")
 
 
 @dataclass(frozen=True)
@@ -190,9 +212,6 @@ LATER = frozenset(
         "precision.master",
         "precision.rounding",
         "precision.fp8",
-        "model.load",
-        "model.preset",
-        "model.pad",
         "optimizer.clip_value",
         "optimizer.ema",
         "optimizer.skip_nonfinite",

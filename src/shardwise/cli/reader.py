@@ -199,9 +199,18 @@ class _Reader:
             classes: Any = self.rules.known[_extra(hints[schema], Known).names]
             chosen = classes.get(values.get(schema))
             values[rest] = self._built(chosen, left, at) if chosen else {}
+            for key in left if schema not in raw else ():
+                self._problem((*at, key), f"depends on {_dotted((*at, schema))}, which is missing")
         else:
             values[rest] = self._value(left, hints[rest], at)
         return values
+
+    def _made(self, cls: Any, values: Mapping[str, Any], at: Keys) -> Any:
+        """A table, after the checks of its own dataclass."""
+        try:
+            return cls(**values)
+        except ValueError as error:
+            return self._problem(at, str(error))
 
     def _built(self, cls: Any, raw: Mapping[str, Any], at: Keys) -> dict[str, Any]:
         """The fields of `cls` that are given, after a trial of its own checks on them."""
@@ -225,7 +234,7 @@ class _Reader:
             value = self._parse(value, base, at)
         elif isinstance(value, dict) and _is_table(base):
             values = self._fields(base, value, at)
-            value = None if len(self.problems) > before else base(**values)
+            value = None if len(self.problems) > before else self._made(base, values, at)
         elif origin in (Mapping, dict) and isinstance(value, dict):
             of_key, of_value = get_args(base)
             value = {

@@ -73,7 +73,8 @@ def train(config: Config, console: Console | None = None) -> Curve:
     step = make_step(model, optimizer, config.data.micro_batches)
     where = f"{mesh.size} {mesh.transport} devices on {mesh.device.type}"
     console.print(f"[bold]{mesh}[/bold]: {where}\n{model.num_parameters:,} parameters")
-    console.print(strategy.table(model.declaration, model.config, mesh) + "\n", markup=False)
+    table = str(strategy.table(model.declaration, model.config, mesh))
+    console.print(table + "\n", markup=False)
 
     params = model.init(random.key(config.run.seed), mesh)
     state = optimizer.init(params)

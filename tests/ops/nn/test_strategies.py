@@ -108,6 +108,103 @@ def test_toml_round_trip_and_table() -> None:
     )
     assert strategies.from_toml(s.to_toml()) == s
     mesh = sw.make_mesh({"data": 2, "tensor": 2})
-    shown = s.table({"w_up": nn.Param("embed -> ffn")}, {"embed": 8, "ffn": 8}, mesh)
+    shown = str(s.table({"w_up": nn.Param("embed -> ffn")}, {"embed": 8, "ffn": 8}, mesh))
     assert "w_up       [8/data 8/tensor]  embed ffn/tensor {R:data}  32" in shown
     assert "embed ffn/tensor {R:data}" in str(s)
+
+
+PRESETS = {
+    "data": strategies.data(),
+    "fsdp": strategies.fsdp(),
+    "1d": strategies.tensor_1d(),
+    "1d whole kv": strategies.tensor_1d(kv="replicate"),
+    "sequence": strategies.sequence_parallel(),
+    "2d": strategies.tensor_2d(),
+    "2d direct": strategies.tensor_2d(method="direct"),
+    "2.5d": strategies.tensor_2p5d(),
+    "3d": strategies.tensor_3d(),
+    "3d whole kv": strategies.tensor_3d(kv="replicate"),
+    "fsdp x 3d": strategies.fsdp() * strategies.tensor_3d(),
+    "1d inside 2.5d's depth": strategies.tensor_1d("depth") * strategies.tensor_2d(),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_strategy_is_saved_as_toml_and_read_back(name: str) -> None:
+    strategy = PRESETS[name]
+    assert strategies.from_toml(strategy.to_toml()) == strategy
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "sizes", "text"),
+    [
+        (
+            "2d",
+            {"row": 2, "col": 4},
+            {},
+            "axes 'row', 'col' are the sides of a square, so they must be of one size; "
+            "mesh(row=2, col=4) has 2, 4",
+        ),
+        (
+            "3d",
+            {"i": 2, "j": 2, "k": 4},
+            {},
+            "axes 'i', 'j', 'k' are the sides of a cube, so they must be of one size; "
+            "mesh(i=2, j=2, k=4) has 2, 2, 4",
+        ),
+        (
+            "3d",
+            {"i": 2, "j": 2, "k": 2},
+            {"batch": 6},
+            "dim 'batch' of size 6 (tokens, images, labels, hidden) is not divisible by 4 ('i/j')",
+        ),
+        (
+            "sequence",
+            {"tensor": 4},
+            {"seq": 10},
+            "dim 'seq' of size 10 (hidden) is not divisible by 4 ('tensor')",
+        ),
+        (
+            "2d",
+            {"row": 3, "col": 3},
+            {"heads": 8, "vocab": 50257},
+            "dim 'heads' of size 8 (heads, attended) is not divisible by 3 ('col'); "
+            "pad it: pad.heads = 3\n"
+            "dim 'vocab' of size 50257 (logits) is not divisible by 3 ('col'); "
+            "pad it: pad.vocab = 3",
+        ),
+        (
+            "2.5d",
+            {"depth": 2, "row": 2, "col": 2},
+            {"embed": 9, "batch": 2},
+            "dim 'batch' of size 2 (tokens, images, labels, hidden, block_in, heads, ffn, logits, "
+            "kv, attended) is not divisible by 4 ('depth/row')\n"
+            "dim 'embed' of size 9 (hidden, block_in) is not divisible by 2 ('col')",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_first(
+    name: str, axes: dict[str, int], sizes: dict[str, int], text: str
+) -> None:
+    mesh = sw.make_mesh(axes, transport="abstract")
+    with pytest.raises(sw.LayoutError) as caught:
+        PRESETS[name].check(sizes, mesh)
+    assert text in str(caught.value)
+
+
+def test_a_missing_axis_is_refused_with_the_nearest_name() -> None:
+    mesh = sw.make_mesh({"rows": 2, "col": 2}, transport="abstract")
+    with pytest.raises(sw.MeshError, match="rows"):
+        strategies.tensor_2d().check({}, mesh)
+
+
+def test_unequal_sides_are_refused_where_parameters_are_laid_out() -> None:
+    mesh = sw.make_mesh({"row": 2, "col": 4})
+    with pytest.raises(sw.LayoutError, match="sides of a square"):
+        nn.init(
+            sw.random.key(0),
+            {"w_up": nn.Param("embed -> ffn")},
+            {"embed": 8, "ffn": 8},
+            mesh,
+            strategies.tensor_2d(),
+        )
