@@ -316,6 +316,11 @@ class ShardedTensor(_Installed):
         grad = " grad" if self._type.grad else ""
         return f"{self._type} local[{local}] on {self.mesh}{grad}"
 
+    def _repr_html_(self) -> str:
+        from .show import show  # a room above this one
+
+        return show(self)._repr_html_()
+
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
         raise TypeError(
             "nothing is written in place: "

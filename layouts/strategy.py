@@ -232,8 +232,10 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
         for (name, axes), roles in wrong.items():
             n = mesh.group_size(axes)
             hint = f"; pad it: pad.{name} = {n}" if name in PADDABLE else ""
+            roles = [role for role in roles if role != "*"] or roles
+            more_roles = f" and {len(roles) - 3} more" if len(roles) > 3 else ""
             problems.append(
-                f"dim {name!r} of size {known[name]} ({', '.join(roles)}) is not divisible by "
+                f"dim {name!r} of size {known[name]} ({', '.join(roles[:3])}{more_roles}) is not divisible by "
                 f"{n} ({'/'.join(axes)!r}){hint}"
             )
         if problems:

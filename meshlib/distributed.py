@@ -386,6 +386,20 @@ class DistributedTransport:
             self._finish(group.pg.broadcast([_wire(out)], options), "broadcast", axes)
         return [out]
 
+    def reduce(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        (x,) = shards
+        group = self._enter("reduce", x, axes, f"root={root}")
+        out = x.clone(memory_format=torch.contiguous_format)
+        if group is not None:
+            wire, options = _summand(out), dist.ReduceOptions()
+            options.reduceOp = _reduce_op(x, "sum")
+            options.rootRank = group.order[root]
+            options.rootTensor = 0
+            self._finish(group.pg.reduce([wire], options), "reduce", axes)
+            if group.position != root:  # partial sums are left there
+                out.zero_()
+        return [out]
+
     def exchange(self, text: str) -> list[str]:
         """One text of at most 256 bytes from every process of the mesh, in order of its devices."""
         group = self._group(tuple(self.axes))

@@ -4,7 +4,9 @@
 `Plan`. Nothing is written, and nothing but one truth test is paid, while no log is open.
 
 Ring convention, per device: all_gather and reduce_scatter of a full tensor of V over n devices move
-(n-1)/n V, all_reduce 2(n-1)/n V, all_to_all (n-1)/n of the local buffer, permute and broadcast V.
+(n-1)/n V, all_reduce 2(n-1)/n V, all_to_all (n-1)/n of the local buffer, permute the local buffer.
+A broadcast or reduce of a block of V makes n-1 of the n devices move V: (n-1)/n V on average, which
+is exact for the whole of a loop in which each device is the root once.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from .mesh import Mesh
 from .source import user_line
 from .transport import Axes, ReduceOp
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", "broadcast"]
+Kind = Literal[
+    "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", "broadcast", "reduce"
+]  # fmt: skip
 Phase = Literal["forward", "backward", "recompute", "regather", "report"]
 Why = Literal[
     "planned", "statistics", "out", "use", "reshard", "gradient", "value", "cheapest", "shard_map"
@@ -33,6 +37,8 @@ VOLUME: dict[str, tuple[int, Literal["full", "local"]]] = {
     "reduce_scatter": (1, "full"),
     "all_reduce": (2, "full"),
     "all_to_all": (1, "local"),
+    "broadcast": (1, "local"),
+    "reduce": (1, "local"),
 }
 
 
@@ -41,15 +47,15 @@ class Collective:
     """One collective as it ran, or would run.
 
     Attributes:
-        kind: which of the six.
+        kind: which of the seven.
         axes: mesh axes of the group; several form one joint group.
         size: devices in the group.
         elements: moved per device, ring convention; whole numbers but for tensors smaller than the
-            group.
+            group and blocks of a broadcast or reduce that the group does not divide.
         bytes: `elements` times the item size.
         dtype: of what is moved.
         shape: of the local operand.
-        reduce: "sum", "max" or "min" for the two reducing kinds.
+        reduce: "sum", "max" or "min" for the three reducing kinds.
         phase: forward, backward, recompute, regather, report (the loss value).
         source: the user's line; a backward row names its forward line.
         op: the user's op.

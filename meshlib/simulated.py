@@ -109,3 +109,13 @@ class SimulatedTransport:
             for i in group:
                 out[i] = whole.view_as(whole)
         return out
+
+    def reduce(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        out: list[Tensor] = list(shards)
+        for group in self.groups(axes):
+            total = shards[group[0]].clone()
+            for i in group[1:]:
+                total = total + shards[i]
+            for i in group:
+                out[i] = total if i == group[root] else torch.zeros_like(shards[i])
+        return out

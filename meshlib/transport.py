@@ -1,4 +1,4 @@
-"""What a transport owes: six collectives over the axes of one mesh, nothing else.
+"""What a transport owes: seven collectives over the axes of one mesh, nothing else.
 
 A transport works on the *list of shards that this process holds*: all N of a simulated mesh, one of
 a distributed mesh, one representative of an abstract mesh. It knows nothing of layouts, gradients
@@ -54,4 +54,8 @@ class Transport(Protocol):
 
     def broadcast(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
         """The shard of position `root`, on every device of the group."""
+        ...
+
+    def reduce(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        """The group's sum, on the device of position `root`; zeros on the others."""
         ...

@@ -6,6 +6,7 @@ Reference: Radford et al. 2019, "Language models are unsupervised multitask lear
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,29 +92,29 @@ def _names() -> dict[str, Source]:
 
     def fused(part: int, dims: str, along: int, kind: str) -> Source:
         thirds = ("heads head_dim",) * 3
-        return Source(f"h.{{layer}}.attn.c_attn.{kind}", dims, thirds, part, along)
+        return Source(f"transformer.h.{{layer}}.attn.c_attn.{kind}", dims, thirds, part, along)
 
     table = {
-        "attn_norm": Source("h.{layer}.ln_1.weight", "embed"),
-        "attn_norm_bias": Source("h.{layer}.ln_1.bias", "embed"),
-        "w_o": Source("h.{layer}.attn.c_proj.weight", "(heads head_dim) embed"),
-        "b_o": Source("h.{layer}.attn.c_proj.bias", "embed"),
-        "mlp_norm": Source("h.{layer}.ln_2.weight", "embed"),
-        "mlp_norm_bias": Source("h.{layer}.ln_2.bias", "embed"),
-        "w_up": Source("h.{layer}.mlp.c_fc.weight", "embed ffn"),
-        "b_up": Source("h.{layer}.mlp.c_fc.bias", "ffn"),
-        "w_down": Source("h.{layer}.mlp.c_proj.weight", "ffn embed"),
-        "b_down": Source("h.{layer}.mlp.c_proj.bias", "embed"),
+        "attn_norm": Source("transformer.h.{layer}.ln_1.weight", "embed"),
+        "attn_norm_bias": Source("transformer.h.{layer}.ln_1.bias", "embed"),
+        "w_o": Source("transformer.h.{layer}.attn.c_proj.weight", "(heads head_dim) embed"),
+        "b_o": Source("transformer.h.{layer}.attn.c_proj.bias", "embed"),
+        "mlp_norm": Source("transformer.h.{layer}.ln_2.weight", "embed"),
+        "mlp_norm_bias": Source("transformer.h.{layer}.ln_2.bias", "embed"),
+        "w_up": Source("transformer.h.{layer}.mlp.c_fc.weight", "embed ffn"),
+        "b_up": Source("transformer.h.{layer}.mlp.c_fc.bias", "ffn"),
+        "w_down": Source("transformer.h.{layer}.mlp.c_proj.weight", "ffn embed"),
+        "b_down": Source("transformer.h.{layer}.mlp.c_proj.bias", "embed"),
     }
     for part, (letter, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
         table[f"w_{letter}"] = fused(part, f"embed ({heads} head_dim)", 1, "weight")
         table[f"b_{letter}"] = fused(part, f"({heads} head_dim)", 0, "bias")
     return {
-        "embed": Source("wte.weight", "vocab embed"),
-        "pos": Source("wpe.weight", "position embed"),
+        "embed": Source("transformer.wte.weight", "vocab embed"),
+        "pos": Source("transformer.wpe.weight", "position embed"),
         **{f"blocks.{role}": source for role, source in table.items()},
-        "final_norm": Source("ln_f.weight", "embed"),
-        "final_norm_bias": Source("ln_f.bias", "embed"),
+        "final_norm": Source("transformer.ln_f.weight", "embed"),
+        "final_norm_bias": Source("transformer.ln_f.bias", "embed"),
     }
 
 
@@ -163,3 +164,70 @@ def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
     return causal_model(
         config, s, declare(config), embed=embed, block=block, last=last, names=NAMES
     )
+
+
+# our field -> Hugging Face's key
+_KEYS = {
+    "layer": "n_layer",
+    "embed": "n_embd",
+    "heads": "n_head",
+    "vocab": "vocab_size",
+    "position": "n_positions",
+    "dropout": "resid_pdrop",
+    "eps": "layer_norm_epsilon",
+}
+_FIXED: dict[str, Any] = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of GELU by tanh
+
+
+def config_from(found: Mapping[str, Any], *, pad: Mapping[str, int] | None = None) -> GPT2Config:
+    """The config of a Hugging Face config.json.
+
+    Raises:
+        ValueError: another activation or attention, an untied head.
+    """
+    wanted = {**_FIXED, "activation_function": found.get("activation_function", _TANH[0])}
+    for key, value in wanted.items():
+        if found.get(key, value) != value:
+            raise ValueError(
+                f"gpt2: config.json has {key} = {found[key]!r}; only {value!r} is read"
+            )
+    if wanted["activation_function"] not in _TANH:
+        raise ValueError(
+            f"gpt2: config.json has activation_function = {wanted['activation_function']!r}; "
+            f"only {_TANH[0]!r} is read"
+        )
+    given = {ours: found[key] for ours, key in _KEYS.items() if key in found}
+    return GPT2Config(**given, ffn=found.get("n_inner") or 0, pad=pad or {})
+
+
+def config_to(config: GPT2Config) -> dict[str, Any]:
+    """What Hugging Face's config.json says of this config.
+
+    >>> config_from(config_to(GPT2Config(layer=2))) == GPT2Config(layer=2)
+    True
+    """
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{key: getattr(config, name) for name, key in _KEYS.items()},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop"), config.dropout),
+        "n_inner": config.ffn,
+        "activation_function": _TANH[0],
+        **_FIXED,
+    }
+
+
+PRESETS = {
+    "gpt2": GPT2Config(embed=768, layer=12, heads=12),
+    "gpt2-medium": GPT2Config(embed=1024, layer=24, heads=16),
+    "gpt2-large": GPT2Config(embed=1280, layer=36, heads=20),
+    "gpt2-xl": GPT2Config(embed=1600, layer=48, heads=25),
+    "gpt3-175b": GPT2Config(embed=12288, layer=96, heads=96, position=2048),
+}

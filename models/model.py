@@ -15,7 +15,7 @@ from ..layouts.strategy import Strategy
 from ..meshlib.mesh import Mesh
 from ..ops import nn
 from ..ops.random import Key
-from . import cache
+from .cache import empty as empty_cache
 from .names import Source
 
 
@@ -68,7 +68,7 @@ class Model:
         """
         if self.decode is None:
             raise TypeError("this model does not decode: it has no next token")
-        return cache.empty(self.config.sizes, self.strategy, batch, length, mesh)
+        return empty_cache(self.config.sizes, self.strategy, batch, length, mesh)
 
     def _without_padding(self, param: nn.Param, value: ShardedTensor) -> ShardedTensor:
         true, sizes = self.config.true_sizes, self.config.sizes

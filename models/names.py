@@ -17,6 +17,9 @@ class Source:
             other along dim `along`.
         part: which of them this is.
         along: the file's dim that the parts share.
+        shape: the file's own dims where they are not `dims`: a reshape of them, row by row, as of
+            "embed pixel" for a convolution's "embed channel patch patch".
+        first: the number of the first layer in names.
 
     >>> Source("h.{layer}.attn.c_attn.weight", "embed (heads head_dim)",
     ...        parts=("heads head_dim",) * 3, part=1, along=1).name
@@ -28,3 +31,5 @@ class Source:
     parts: tuple[str, ...] = ()
     part: int = 0
     along: int = 0
+    shape: str = ""
+    first: int = 0

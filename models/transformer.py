@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layouts.reshard import reshard
+from ..layouts import notation
+from ..layouts.layout import Layout, make
+from ..layouts.reshard import reshard, reshard_one
 from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn, random
 from ..ops.contract import einsum
 from ..ops.random import Key
 from ..ops.transforms.scan import scan
+from .cache import Cache, advance, run_cached
+from .config import Config
 from .model import Model
 from .names import Source
 
@@ -34,11 +38,15 @@ class Place(NamedTuple):
         key: of this layer's dropout; None is evaluation.
         recall: (keys, values) -> (keys, values, their positions): a cache that remembers; None
             where the sequence is all there is.
+        mask: which keys are there, boolean [batch keys] cut as heads are; None is all.
+        is_ordered: whether positions count from 0, so that causal masks need not compare them.
     """
 
     positions: Any
     key: Key | None = None
     recall: Callable[[Any, Any], tuple[Any, Any, Any]] | None = None
+    mask: Any = None
+    is_ordered: bool = True
 
 
 Block = Callable[[Params, ShardedTensor, Place], ShardedTensor]
@@ -50,8 +58,9 @@ def attend(
     s: Strategy,
     place: Place,
     *,
-    rotate: Unary | None = None,
+    rotate: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     causal: bool = True,
+    config: Config | None = None,
     **options: Any,
 ) -> ShardedTensor:
     """Multi-head attention without its output projection.
@@ -61,8 +70,9 @@ def attend(
         h: the block's input, in the row `block_in`.
         s: the strategy.
         place: positions, and the cache if there is one.
-        rotate: of queries and keys, before the cache.
+        rotate: (queries, keys) -> the same with their positions in them, before the cache.
         causal: a query sees keys at its own position and before.
+        config: of the model; read where it pads heads but not key-value heads.
         **options: of `nn.attention`.
 
     Returns:
@@ -76,11 +86,25 @@ def attend(
         method=s.option("matmul"),  # pyright: ignore
     )
     if rotate is not None:
-        q, k = rotate(q), rotate(k)
+        q, k = rotate(q, k)
     if place.recall is not None:
         k, v, seen = place.recall(k, v)
         options |= {"positions": place.positions, "kv_positions": seen}
-    return nn.attention(q, k, v, causal=causal, out=s["attended"], **options)
+    elif causal and not place.is_ordered:
+        options |= {"positions": place.positions}
+    if place.mask is not None:
+        options |= {"mask": place.mask[:, None, None, :]}
+    padded = config is not None and q.shape[2] != config.group * k.shape[2]
+    if padded:
+        options |= {"group": config.group}
+    a = nn.attention(q, k, v, causal=causal, out=s["attended"], **options)
+    return _silenced(a, config) if padded else a
+
+
+def _silenced(a: ShardedTensor, config: Any) -> ShardedTensor:
+    """Zeros in padded heads: they read true keys and values, and w_o's padding must stay zero."""
+    is_true = torch.arange(a.shape[2], device=a.mesh.shard_device) < config.heads
+    return a * is_true[:, None].to(a.dtype)
 
 
 def project(p: Params, a: ShardedTensor, s: Strategy) -> ShardedTensor:
@@ -99,15 +123,27 @@ def mlp(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedTen
 def gated_mlp(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedTensor:
     """SwiGLU (activate = silu), GeGLU (gelu): activate(gate) * up, then down -> the stream."""
     method: Any = s.option("matmul")
+    mixed = gated(p, h, s, activate)
+    return nn.dense(mixed, p["w_down"], p.get("b_down"), out=s["hidden"], method=method)
+
+
+def gated(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedTensor:
+    """activate(gate) * up of the block's input: [batch seq embed] -> [batch seq ffn]."""
     gate, up = nn.dense(
         h,
         (p["w_gate"], p["w_up"]),
         (p.get("b_gate"), p.get("b_up")),
         out=(s["ffn"], s["ffn"]),
-        method=method,
+        method=s.option("matmul"),  # pyright: ignore
     )
-    mixed = activate(gate) * up
-    return nn.dense(mixed, p["w_down"], p.get("b_down"), out=s["hidden"], method=method)
+    return activate(gate) * up
+
+
+def project_both(p: Params, a: ShardedTensor, mixed: ShardedTensor, s: Strategy) -> ShardedTensor:
+    """Attention's and the MLP's results -> the stream, summed before one reduction."""
+    method: Any = s.option("matmul")
+    weights = (p["w_o"], p["w_down"])
+    return nn.dense((a, mixed), weights, out=s["hidden"], inputs=(2, 1), method=method)
 
 
 def head(h: ShardedTensor, table: ShardedTensor, s: Strategy) -> ShardedTensor:
@@ -115,6 +151,16 @@ def head(h: ShardedTensor, table: ShardedTensor, s: Strategy) -> ShardedTensor:
     method: Any = s.option("matmul")
     pattern = "batch seq embed, vocab embed -> batch seq vocab"
     return einsum(pattern, h, table, out=s["logits"], method=method)
+
+
+def first_token(x: ShardedTensor, s: Strategy) -> ShardedTensor:
+    """The stream [batch seq embed] -> its first token [batch embed], cut as `labels` are.
+
+    Cost: nothing where seq is whole; else an all_reduce of the result, as only its owner has it.
+    """
+    select: Any = torch.index_select  # looks a cut dim up, where x[:, 0] would need it whole
+    found = select(x, 1, torch.zeros(1, dtype=torch.int64, device=x.mesh.shard_device))
+    return reshard(found[:, 0], make((*Layout(s["labels"], 1).dims, ())))
 
 
 def run_blocks(
@@ -131,6 +177,15 @@ def run_blocks(
     return x
 
 
+def seen_keys(mask: Any, s: Strategy) -> Any:
+    """A mask of tokens [batch seq] as one of keys: boolean, its batch cut as that of heads."""
+    if mask is None:
+        return None
+    seen = mask != 0
+    batch = notation.parse(s["heads"]).dims[:1] or ((),)
+    return reshard_one(seen, make((*batch, ()))) if isinstance(seen, ShardedTensor) else seen
+
+
 def causal_model(
     config: Any,
     s: Strategy,
@@ -140,6 +195,7 @@ def causal_model(
     block: Block,
     last: Callable[[Params, ShardedTensor], ShardedTensor],
     names: Mapping[str, Source],
+    positions_of: Unary | None = None,
     scale: float = 1.0,
 ) -> Model:
     """A decoder that predicts the next token.
@@ -152,28 +208,59 @@ def causal_model(
         block: one layer.
         last: (params, x) -> the head's input before it is converted to `block_in`.
         names: parameter path to its place in a Hugging Face checkpoint.
+        positions_of: the mask [batch seq] -> positions; None counts from 0 whatever is masked.
         scale: of the logits.
+
+    `apply` and `loss` (as `batch["mask"]`) take which tokens are there, [batch seq] cut as the
+    tokens: no query sees the others.
     """
 
     def apply(
-        params: Params, tokens: ShardedTensor, *, positions: Any = None, key: Key | None = None
+        params: Params,
+        tokens: ShardedTensor,
+        *,
+        positions: Any = None,
+        mask: Any = None,
+        key: Key | None = None,
     ) -> ShardedTensor:
-        if positions is None:
+        is_ordered = positions is None
+        if positions is None and mask is not None and positions_of is not None:
+            positions = positions_of(mask)
+        elif positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.mesh.shard_device)
+        place = Place(positions, key, None, seen_keys(mask, s), is_ordered)
         if s.option("tied") == "once":
             params = {**params, "embed": s.use({"embed": params["embed"]})["embed"]}
         x = embed(params, tokens, positions)
-        x = run_blocks(block, x, params["blocks"], s, Place(positions, key))
-        logits = predict(params, x)
-        return logits if scale == 1 else logits * scale
+        x = run_blocks(block, x, params["blocks"], s, place)
+        return predict(params, x)
 
     def predict(params: Params, x: ShardedTensor) -> ShardedTensor:
         h = reshard(last(params, x), s["block_in"])
         role = "head" if "head" in declaration else "embed"
-        return head(h, s.use({role: params[role]})[role], s)
+        logits = head(h, s.use({role: params[role]})[role], s)
+        return logits if scale == 1 else logits * scale
+
+    def decode(
+        params: Params,
+        tokens: ShardedTensor,
+        cache: Cache,
+        *,
+        mask: Any = None,
+        only_last: bool = False,
+    ) -> tuple[ShardedTensor, Cache]:
+        cache, positions = advance(cache, *tokens.shape, mask)
+
+        def run(p: Any, x: ShardedTensor, recall: Any) -> ShardedTensor:
+            return block(s.use(p), x, Place(positions, recall=recall))
+
+        x = embed(params, tokens, positions)
+        x, cache = run_cached(run, x, params["blocks"], cache, s)
+        return predict(params, x[:, -1:] if only_last else x), cache
 
     def loss(params: Params, batch: Mapping[str, Any], *, key: Key | None = None) -> Any:
-        logits = apply(params, batch["tokens"], positions=batch.get("positions"), key=key)
+        given = {name: batch.get(name) for name in ("positions", "mask")}
+        logits = apply(params, batch["tokens"], key=key, **given)
         return nn.cross_entropy(logits, batch["labels"], classes=config.vocab)
 
-    return Model(config, s, declaration, apply, loss, names)
+    return Model(config, s, declaration, apply, loss, names, decode)

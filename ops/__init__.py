@@ -55,11 +55,13 @@ for _room in _ROOMS:
         }
     )
 
-# After the rooms: inside shard_map `permute` is the collective; torch's own stays the method
-# x.permute(...).
+# After the rooms: inside shard_map `permute` is the collective (torch's own stays the method
+# x.permute(...)), and so is `reduce` with an axis and a position.
 from .transforms.collectives import all_gather as all_gather  # noqa: E402
 from .transforms.collectives import all_reduce as all_reduce  # noqa: E402
 from .transforms.collectives import all_to_all as all_to_all  # noqa: E402
 from .transforms.collectives import axis_index as axis_index  # noqa: E402
+from .transforms.collectives import broadcast as broadcast  # noqa: E402
 from .transforms.collectives import permute as permute  # noqa: E402
+from .transforms.collectives import reduce as reduce  # noqa: E402
 from .transforms.collectives import reduce_scatter as reduce_scatter  # noqa: E402

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,67 +20,13 @@ from torch import Tensor
 from ..layouts import notation
 from ..layouts.convert import Save
 from ..layouts.layout import LayoutLike
-from ..layouts.reshard import reshard_one
 from ..layouts.sharded import ShardedTensor, install
 from ..meshlib.errors import LayoutError
 from .dispatch import Info, Local, Op, binary, export
-from .planner import decide
+from .method import Method, arrive, check_method, multiply
 from .pointwise import OPS
+from .product import Letters, contract, summed
 from .rules import Dims, Rule, make
-
-Letters = tuple[str, ...]
-Method = Literal["direct"]
-
-
-@cache
-def pair(a: Letters, b: Letters, out: Letters) -> tuple[Letters, Letters, Letters, Letters]:
-    """Letters of a two-operand contraction: batch, only in a, only in b, contracted."""
-    batch = tuple(x for x in out if x in a and x in b)
-    left = tuple(x for x in out if x in a and x not in b)
-    right = tuple(x for x in out if x in b and x not in a)
-    inner = tuple(x for x in a if x in b and x not in out)
-    return batch, left, right, inner
-
-
-def contract(a: Tensor, b: Tensor, da: Letters, db: Letters, out: Letters) -> Tensor:
-    """One contraction of two local tensors as a matmul of views; letters name the dims."""
-    a, da = _summed(a, da, (*db, *out))
-    b, db = _summed(b, db, (*da, *out))
-    batch, left, right, inner = pair(da, db, out)
-    size = dict(zip(da, a.shape, strict=True)) | dict(zip(db, b.shape, strict=True))
-
-    def flat(x: Tensor, have: Letters, *groups: Letters) -> Tensor:
-        order = [have.index(c) for group in groups for c in group]
-        x = x.permute(order) if order != sorted(order) else x
-        return x.reshape(
-            [size[c] for c in groups[0]] + [math.prod(size[c] for c in g) for g in groups[1:]]
-        )
-
-    if not inner and not left and not right:
-        result = flat(a, da, batch) * flat(b, db, batch)
-        made = batch
-    elif (
-        not batch and len(right) <= 1 and len(inner) == 1 and da[-1] == inner[0] and left == da[:-1]
-    ):
-        # x[..., k] @ w[k, n]: matmul folds the leading dims itself
-        w = b if db == (*inner, *right) else b.permute([db.index(c) for c in (*inner, *right)])
-        result = a @ w
-        made = (*left, *right)
-    else:
-        product = flat(a, da, batch, left, inner) @ flat(b, db, batch, inner, right)
-        made = (*batch, *left, *right)
-        result = product.reshape([size[c] for c in made])
-    if made != out:
-        result = result.permute([made.index(c) for c in out])
-    return result
-
-
-def _summed(x: Tensor, have: Letters, used: Letters) -> tuple[Tensor, Letters]:
-    """Sum out the letters that nothing else has."""
-    alone = [i for i, c in enumerate(have) if c not in used]
-    if not alone:
-        return x, have
-    return x.sum(alone), tuple(c for c in have if c in used)
 
 
 def _local(info: Info) -> Local:
@@ -112,7 +58,7 @@ def _local(info: Info) -> Local:
 
 
 def _one(x: Tensor, have: Letters, out: Letters) -> Tensor:
-    x, have = _summed(x, have, out)
+    x, have = summed(x, have, out)
     return x.permute([have.index(c) for c in out])
 
 
@@ -176,7 +122,7 @@ def _einsum_rule(shapes: Sequence[Any], pattern: str) -> Rule:
     return Rule(inputs, (output,), sizes, linear=frozenset(range(len(shapes))))
 
 
-_EINSUM = Op("einsum", _einsum_rule, _local, flops=flops)
+EINSUM = Op("einsum", _einsum_rule, _local, flops=flops)
 
 
 @export(torch.einsum)
@@ -198,7 +144,8 @@ def einsum(
             pattern's.
         over: mesh axis to the pattern's letter that the axis runs over, where the types leave a
             choice.
-        method: "direct".
+        method: of a product of two: "direct" gathers operands whole; "streamed" and "ring" move
+            them panel by panel, where `ops/method.py` says that they can.
         save: of gathers: keep the whole for backward, or the "shard" and gather again.
         reduce_dtype: in which a sum that `out` reduces is taken.
 
@@ -219,34 +166,15 @@ def einsum(
     """
     if operands and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if method != "direct":
-        raise ValueError(f"einsum: unknown method {method!r} (known: 'direct')")
+    check_method("einsum", method)
     if out is not None and not isinstance(out, Tensor | ShardedTensor):
         _names_agree(pattern, out)
-    pattern = " ".join(pattern.split())
-    if out is not None and (save != "gathered" or reduce_dtype is not None):
-        return _converted_after(pattern, operands, out, over, save, reduce_dtype)
-    return _EINSUM(operands, (pattern,), out, over)
-
-
-def _converted_after(
-    pattern: str,
-    operands: tuple[ShardedTensor, ...],
-    out: LayoutLike,
-    over: Mapping[str, str] | None,
-    save: Save,
-    reduce_dtype: torch.dtype | None,
-) -> ShardedTensor:
-    """With options for the conversions: the planner's decision, carried out by `reshard`."""
-    rule = _einsum_rule([x.shape for x in operands], pattern)
-    kinds = [x._type for x in operands]
-    grads = [k.grad and torch.is_grad_enabled() for k in kinds]
-    decision = decide(rule, kinds, grads, over=over, out=out)
-    moved = [
-        reshard_one(x, target, save=save, reduce_dtype=reduce_dtype)
-        for x, target in zip(operands, decision.targets, strict=True)
-    ]
-    return reshard_one(_EINSUM(moved, (pattern,)), out, save=save, reduce_dtype=reduce_dtype)
+    static = (" ".join(pattern.split()),)
+    if method == "direct" and (out is None or (save == "gathered" and reduce_dtype is None)):
+        return EINSUM(operands, static, out, over)
+    options: dict[str, Any] = {"save": save, "reduce_dtype": reduce_dtype}
+    product = multiply(EINSUM, operands, static, out, over, method=method, **options)
+    return product if out is None else arrive(product, out, "einsum", **options)
 
 
 def _names_agree(pattern: str, out: LayoutLike) -> None:
@@ -348,16 +276,7 @@ def linear(
     """
     if bias is None:
         return _LINEAR((x, weight), (), out, over)
-    product = _LINEAR((x, weight), (), None, over) if out is None else _joined(x, weight, over, out)
-    return OPS["add"]((product, bias), (), out)
-
-
-def _joined(x: Any, weight: Any, over: Mapping[str, str] | None, out: LayoutLike) -> ShardedTensor:
-    """The product with sums still owed: the bias is added once and the sum is moved once."""
-    try:
-        return _LINEAR((x, weight), (), None, over)
-    except LayoutError:
-        return _LINEAR((x, weight), (), out, over)
+    return OPS["add"]((_LINEAR.toward((x, weight), (), out, over), bias), (), out)
 
 
 @export(torch.addmm, methods=["addmm"])

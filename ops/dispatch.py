@@ -69,7 +69,7 @@ class Prepared:
 
     __slots__ = (
         "decision", "flops", "fn", "fns", "kinds", "moves", "out", "out_routes", "outs", "plain",
-        "protocol", "rule", "several", "why",
+        "protocol", "rule", "schedules", "several", "why",
     )  # fmt: skip
 
     rule: Rule
@@ -86,6 +86,7 @@ class Prepared:
     protocol: bool
     plain: Any  # the result's Type where nothing but the local call is needed, else None
     why: record.Why
+    schedules: dict[Any, Any]  # panel products that carry the decision out, by method
 
 
 class Op:
@@ -108,6 +109,7 @@ class Op:
         self.differentiable = differentiable
         self.flops = flops
         self.cache: dict[Any, Prepared] = {}
+        self.cache_toward: dict[Any, Prepared] = {}  # of calls that leave the result unconverted
         # Those that convert nothing and give one result, under short keys: (types, grad) of
         # unary and binary calls, (static, grad, types) of all others.
         self.fast: dict[Any, Prepared] = {}
@@ -135,6 +137,45 @@ class Op:
                 f"{self.name}: out= names the result's layout here, a string; "
                 "nothing is written in place"
             )
+        prepared = self.planned(operands, static, out, over)
+        if prepared is None:
+            return self(typed(operands), static, out, over)
+        result = self.run(prepared, operands, static)
+        if short is not None and prepared.plain is not None and not CHEAPEST.get():
+            self.fast[short] = prepared
+        return result
+
+    def toward(
+        self,
+        operands: Sequence[Any],
+        static: tuple[Any, ...] = (),
+        out: LayoutLike | None = None,
+        over: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Run the op on the way to `out`, which settles choices; the result is left unconverted.
+
+        For what must join a sum before it is reduced, such as a bias.
+        """
+        operands = typed(operands)
+        prepared = self.planned(operands, static, out, over, toward=True)
+        assert prepared is not None
+        return self.run(prepared, operands, static)
+
+    def planned(
+        self,
+        operands: Sequence[Any],
+        static: tuple[Any, ...],
+        out: LayoutLike | None,
+        over: Mapping[str, str] | None,
+        *,
+        toward: bool = False,
+    ) -> Prepared | None:
+        """The plan of a call, from the cache if its types were seen before.
+
+        `toward`: `out` settles choices, but the result is not converted to it. None where a plain
+        tensor stands among the operands.
+        """
+        cache = self.cache_toward if toward else self.cache
         key = (
             static,
             out,
@@ -143,24 +184,13 @@ class Op:
             CHEAPEST.get(),
             *[x._type if type(x) is ShardedTensor else type(x) for x in operands],
         )
-        prepared = self.cache.get(key)
-        if prepared is None:
-            if any(isinstance(x, Tensor) for x in operands):
-                like = next(x for x in operands if isinstance(x, ShardedTensor))
-                return self(
-                    [constant(x, like) if isinstance(x, Tensor) else x for x in operands],
-                    static,
-                    out,
-                    over,
-                )
+        prepared = cache.get(key)
+        if prepared is None and not any(isinstance(x, Tensor) for x in operands):
             prepared = self.prepare(operands, static, out, over)
-            result = self.run(prepared, operands, static)
-            self.cache[key] = prepared
-        else:
-            result = self.run(prepared, operands, static)
-        if short is not None and prepared.plain is not None and not CHEAPEST.get():
-            self.fast[short] = prepared
-        return result
+            if toward:
+                prepared.out = None
+            cache[key] = prepared
+        return prepared
 
     def prepare(
         self,
@@ -223,6 +253,7 @@ class Op:
         prepared.moves = decision.routes if any(decision.routes) else None
         prepared.why = "cheapest" if CHEAPEST.get() else "out" if (out or over) else "planned"
         prepared.outs = prepared.plain = None
+        prepared.schedules = {}
         prepared.fns = None
         prepared.out_routes = None
         prepared.flops, prepared.several = 0.0, False
@@ -316,6 +347,14 @@ class Op:
             _finish(ShardedTensor(shards, outs[number]), prepared, number)
             for number, shards in enumerate(zip(*results, strict=True))
         )
+
+
+def typed(operands: Sequence[Any]) -> Sequence[Any]:
+    """Operands with plain tensors as constants on the others' mesh."""
+    if not any(isinstance(x, Tensor) for x in operands):
+        return operands
+    like = next(x for x in operands if isinstance(x, ShardedTensor))
+    return [constant(x, like) if isinstance(x, Tensor) else x for x in operands]
 
 
 def _among_tensors(positions: frozenset[int], operands: Sequence[Any]) -> frozenset[int]:

@@ -19,7 +19,9 @@ from typing import Any, get_args
 import optree
 import torch
 
+from ..layouts.picture import Bars, Lines, Part
 from ..layouts.sharded import DTYPES, ShardedTensor, make_type
+from ..layouts.show import register
 from ..meshlib import record as logs
 from ..meshlib.errors import format_bytes, nearest
 from ..meshlib.mesh import Mesh, abstract_twin, make_mesh
@@ -115,11 +117,11 @@ class Plan:
 
     def elements(self, **match: Any) -> float:
         """Elements that one device moves in the collectives that match."""
-        return sum(c.elements * c.repeat for c in self.matching(**match))
+        return _total(c.elements * c.repeat for c in self.matching(**match))
 
     def bytes(self, **match: Any) -> float:
         """Bytes that one device moves in the collectives that match."""
-        return sum(c.bytes * c.repeat for c in self.matching(**match))
+        return _total(c.bytes * c.repeat for c in self.matching(**match))
 
     def diff(self, other: Plan) -> PlanDiff:
         """Rows whose count or bytes differ from another plan's."""
@@ -229,6 +231,12 @@ class PlanDiff:
                 ),
             ]
         )
+
+
+def _total(shares: Iterable[float]) -> float:
+    """The sum, whole where it is: thirds of a block add up without a rounding error."""
+    total = math.fsum(shares)
+    return int(total) if total.is_integer() else total
 
 
 def _tail(plan: Plan) -> str:
@@ -346,3 +354,14 @@ def local_bytes(tree: Any) -> int:
         for x in optree.tree_leaves(tree)
         if isinstance(x, ShardedTensor)
     )
+
+
+def _picture(made: Plan) -> tuple[Part, ...]:
+    """The plan as it prints, and what each mesh axis carries."""
+    axes = tuple(dict.fromkeys(a for c in made.collectives for a in c.axes))
+    sizes = tuple(made.bytes(axis=axis) for axis in axes)
+    bars = (Bars(axes, sizes, tuple(map(format_bytes, sizes))),) if axes else ()
+    return Lines(str(made)), *bars
+
+
+register(Plan, "a plan", _picture)

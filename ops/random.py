@@ -7,6 +7,7 @@ a key is used once, then split or folded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,19 +153,37 @@ def normal_like(key: Key, x: ShardedTensor) -> ShardedTensor:
     return normal(key, x.shape, x.mesh, _where(x), dtype=x.dtype)
 
 
-def categorical(key: Key, logits: ShardedTensor) -> ShardedTensor:
+def categorical(key: Key, logits: ShardedTensor, *, classes: int | None = None) -> ShardedTensor:
     """One class per row, drawn with probabilities softmax(logits); the last dim, which may be cut.
 
     Gumbel's maximum: every device draws the noise of its own classes; one draw for all devices.
+
+    Args:
+        key: used once.
+        logits: [..., classes].
+        classes: true width of padded logits: no other class is drawn, and the draws are those
+            without padding.
 
     >>> import torch, shardwise as sw
     >>> logits = sw.shard(torch.tensor([[0.0, 100.0]]), sw.make_mesh({"tensor": 2}), "b v/tensor")
     >>> sw.random.categorical(sw.random.key(0), logits).full_tensor()
     tensor([1])
     """
-    u = uniform(key, logits.shape, logits.mesh, _where(logits), dtype=torch.float64)
+    true = (*logits.shape[:-1], logits.shape[-1] if classes is None else classes)
     tiny = torch.finfo(torch.float64).tiny
-    noise = -torch.log(-torch.log(u + tiny) + tiny)  # pyright: ignore
+
+    def gumbel(index: tuple[slice, ...]) -> Tensor:
+        """The noise of a block; -inf in padding, whose logits then do not count."""
+        inside = (
+            *index[:-1],
+            slice(*(min(i, true[-1]) for i in (index[-1].start, index[-1].stop))),
+        )
+        u = philox.uniform(key.words, true, inside, dtype=torch.float64, device=logits.device)
+        noise = -torch.log(-torch.log(u + tiny) + tiny)
+        width = index[-1].stop - index[-1].start
+        return torch.nn.functional.pad(noise, (0, width - noise.shape[-1]), value=-math.inf)
+
+    noise = from_callback(gumbel, logits.shape, logits.mesh, _where(logits), dtype=torch.float64)
     return torch.argmax(logits.to(torch.float64) + noise, -1)  # pyright: ignore
 
 

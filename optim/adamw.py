@@ -5,14 +5,14 @@ Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 
-from ..layouts import tree
-from ..layouts.sharded import ShardedTensor
-from ..layouts.tree import Mask, matches
-from .base import Schedule, Transform, counter, scheduled
+from ..layouts.tree import Mask
+from .adam import decoupled
+from .base import Schedule, Transform
+from .rounding import stochastic
 
 
 def adamw(
@@ -24,6 +24,8 @@ def adamw(
     weight_decay: float = 0.01,
     mask: Mask | None = None,
     state_dtype: torch.dtype | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
 ) -> Transform:
     """AdamW.
 
@@ -35,40 +37,23 @@ def adamw(
         weight_decay: times lr and the parameter.
         mask: which parameters decay, a glob over paths or a function of (path, leaf); None is all.
         state_dtype: of the two means; None is the parameter's.
+        rounding: of new parameters in bfloat16: to the nearest value, or up or down with
+            probabilities that keep the mean (see `stochastic`).
+        seed: of the stochastic rounding's key.
 
-    State: step (int64 scalar), mu and nu, with the parameters' layouts. Communication: none.
+    State: step (int64 scalar), mu and nu, with the parameters' layouts; with stochastic rounding
+    also its key. Communication: none.
+
+    >>> import shardwise as sw
+    >>> p = {"w": sw.full((2,), 1.0, sw.make_mesh({"data": 2}), "n/data")}
+    >>> opt = adamw(0.1, weight_decay=0.5)
+    >>> opt.step(p, opt.init(p), p)[0]["w"].full_tensor()
+    tensor([0.8500, 0.8500])
     """
-
-    def init(params: Any) -> dict[str, Any]:
-        zeros = lambda p: torch.zeros_like(p, dtype=state_dtype)  # noqa: E731
-        return {
-            "step": counter(params),
-            "mu": tree.map(zeros, params),
-            "nu": tree.map(zeros, params),
-        }
-
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        step = state["step"] + 1
-        rate = scheduled(lr, state["step"])
-        mu = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - b1), state["mu"], grads)
-        nu = tree.map(
-            lambda v, g: torch.lerp(v, g.to(v.dtype) * g.to(v.dtype), 1 - b2), state["nu"], grads
-        )
-        count = step.to(torch.float64)
-        first, second = 1 - b1**count, 1 - b2**count
-        decays = [
-            weight_decay if mask is None or matches(mask, path, p) else 0.0
-            for path, p in tree.items(params)
-        ]
-        at = iter(decays)
-
-        def one(m: ShardedTensor, v: ShardedTensor, p: ShardedTensor) -> Any:
-            decay = next(at)
-            move = (m / first.to(m.dtype)) / (torch.sqrt(v / second.to(v.dtype)) + eps)
-            if decay:
-                move = move + p.to(move.dtype) * decay
-            return move * (-rate if isinstance(rate, float) else -rate.to(move.dtype))
-
-        return tree.map(one, mu, nu, params), {"step": step, "mu": mu, "nu": nu}
-
-    return Transform("adamw", init, update)
+    hyper = {"lr": lr, "b1": b1, "b2": b2, "eps": eps}
+    plain = decoupled("adamw", hyper, weight_decay, mask, state_dtype)
+    if rounding == "nearest":
+        return plain
+    if rounding != "stochastic":
+        raise ValueError(f'adamw: rounding is "nearest" or "stochastic", not {rounding!r}')
+    return stochastic(plain, seed=seed)

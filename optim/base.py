@@ -4,9 +4,10 @@
     update(grads, state, params) -> (updates, state)
     step(grads, state, params) -> (params, state)      update, then add
 
-Gradients arrive with the parameters' layouts (replicated or cut; a sum that is owed is refused
-where it is read). State is a tree named by the transforms; its paths are checkpoint keys. Results
-have the parameters' layouts and dtypes, so that a training step is layout-stable.
+Gradients come in any layout that leads to the parameters'; each transform says what it wants
+(`grads`). State is a tree named by the transforms; its paths are checkpoint keys. Results have the
+parameters' layouts and dtypes, so that a training step is layout-stable. A gradient that is None (a
+frozen or unused parameter) leaves its parameter and its state as they are.
 """
 
 from __future__ import annotations
@@ -19,11 +20,20 @@ import torch
 
 from ..layouts import tree
 from ..layouts.place import full
-from ..layouts.reshard import reshard_one
 from ..layouts.sharded import ShardedTensor
-from ..meshlib.errors import LayoutError, nearest
+from ..meshlib.errors import nearest
+from ..meshlib.mesh import Mesh
+from .donate import give_up
+from .flat import elementwise
 
+Needs = Literal["elementwise", "reduction", "matrix"]
 Schedule = float | Callable[[Any], Any]
+ORDER: tuple[Needs, ...] = ("elementwise", "reduction", "matrix")
+
+
+def settled(params: Any) -> Any:
+    """The layouts in which a transform reads gradients by default: the parameters' own."""
+    return tree.map(lambda p: p.layout, params)
 
 
 @dataclass(frozen=True)
@@ -35,35 +45,55 @@ class Transform:
         init: params -> state.
         update: (grads, state, params) -> (updates, state).
         needs: what of a tensor one element's update depends on: itself, sums, or the whole matrix.
-        grads: the gradient layouts it wants; None takes the duals.
+        grads: the gradient layouts it wants, a function of the parameters: `value_and_grad(grads=)`
+            takes it. Others are brought to them.
         fused: (grads, state, params) -> (params, state) in one pass, or None.
     """
 
     name: str
     init: Callable[[Any], Any]
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
-    needs: Literal["elementwise", "reduction", "matrix"] = "elementwise"
-    grads: Any = None
+    needs: Needs = "elementwise"
+    grads: Any = settled
     fused: Callable[..., Any] | None = None
 
-    def step(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        """New parameters and state; nothing is written in place."""
+    def step(self, grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
+        """New parameters and state.
+
+        Args:
+            grads: gradients, a tree like params.
+            state: from `init` or the last step.
+            params: the parameters.
+            donate: the caller gives up params and state: where it can, the step writes into their
+                buffers, and reading them afterwards raises. Nothing else is written in place.
+
+        Raises:
+            LayoutError: kind "donated", for arguments that an earlier step was given.
+        """
         with torch.no_grad():
             if self.fused is not None:
-                return self.fused(grads, state, params)
-            updates, state = self.update(grads, state, params)
-            return apply_updates(params, updates), state
+                new, after = self.fused(grads, state, params, donate=donate)
+            else:
+                updates, after = self.update(grads, state, params)
+                new = apply_updates(params, updates, donate=donate)
+        if donate:
+            give_up([state, params], keep=[new, after, grads])
+        return new, after
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
-    """params + updates, in the parameters' layouts and dtypes."""
+def apply_updates(params: Any, updates: Any, *, donate: bool = False) -> Any:
+    """params + updates, in the parameters' layouts and dtypes; None leaves a parameter as it is.
 
-    def one(p: ShardedTensor, u: ShardedTensor | None) -> ShardedTensor:
-        if u is None:
-            return p
-        return reshard_one((p + u).to(p.dtype), p.layout)
+    >>> import shardwise as sw
+    >>> p = {"w": sw.full((2,), 1.0, sw.make_mesh({"data": 2}), "n/data")}
+    >>> apply_updates(p, p)["w"].full_tensor()
+    tensor([2., 2.])
+    """
 
-    return tree.map(one, params, updates)
+    def add(_s: Any, _mark: Any, u: Any, p: Any) -> Any:
+        return (p.add_(u).to(p.dtype),)
+
+    return elementwise(add, [updates, params], params, olds=[1], donate=(1,) if donate else ())[0]
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -76,61 +106,84 @@ def chain(*transforms: Transform) -> Transform:
     names = [t.name for t in transforms]
     if len(set(names)) != len(names):
         raise ValueError(f"chain: two transforms have one name: {names}")
+    *first, last = transforms
 
     def init(params: Any) -> dict[str, Any]:
         return {t.name: t.init(params) for t in transforms}
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def before(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         after = {}
-        for t in transforms:
+        for t in first:
             grads, after[t.name] = t.update(grads, state[t.name], params)
         return grads, after
 
-    order = ("elementwise", "reduction", "matrix")
-    needs = max((t.needs for t in transforms), key=order.index, default="elementwise")
-    return Transform(", ".join(names), init, update, needs)  # pyright: ignore
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        grads, after = before(grads, state, params)
+        grads, after[last.name] = last.update(grads, state[last.name], params)
+        return grads, after
+
+    def fused(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
+        grads, after = before(grads, state, params)
+        params, after[last.name] = last.step(grads, state[last.name], params, donate=donate)
+        return params, after
+
+    needs = max((t.needs for t in transforms), key=ORDER.index, default="elementwise")
+    return Transform(", ".join(names), init, update, needs, transforms[0].grads, fused)
+
+
+def named(t: Transform, name: str) -> Transform:
+    """The same transform under another name: two of a kind in one chain.
+
+    >>> from shardwise import optim
+    >>> optim.chain(optim.named(optim.scale(2.0), "double"), optim.scale(0.1)).name
+    'double, scale'
+    """
+    return Transform(name, t.init, t.update, t.needs, t.grads, t.fused)
+
+
+def home(params: Any) -> Mesh:
+    """The mesh of a state's scalars: every device that holds a parameter is on it.
+
+    It is the parameters' own mesh, or the one of theirs that holds all the others; for disjoint
+    sub-meshes a flat one over all their devices.
+    """
+    meshes = list(
+        dict.fromkeys(p.mesh for p in tree.leaves(params) if isinstance(p, ShardedTensor))
+    )
+    if not meshes:
+        raise ValueError(
+            "the transform got no parameters: an empty tree, or a mask that takes none"
+        )
+    ranks = sorted({rank for mesh in meshes for rank in mesh.ranks})
+    for mesh in meshes:
+        if len(mesh.ranks) == len(ranks):
+            return mesh
+    first = meshes[0]
+    return Mesh({"device": len(ranks)}, first.transport, first.device, tuple(ranks), first.check)
+
+
+def scalar(params: Any, value: float, dtype: torch.dtype | None = None) -> ShardedTensor:
+    """A scalar of the state, on the parameters' mesh."""
+    return full((), value, home(params), "", dtype=dtype)
 
 
 def counter(params: Any) -> ShardedTensor:
     """A step count of zero on the parameters' mesh."""
-    first = next(p for p in tree.leaves(params) if isinstance(p, ShardedTensor))
-    return full((), 0, first.mesh, "", dtype=torch.int64)
+    return scalar(params, 0, torch.int64)
 
 
-def scheduled(schedule: Schedule, step: ShardedTensor) -> Any:
-    """The schedule's value at a step."""
-    return schedule(step) if callable(schedule) else schedule
+def zeros_like(params: Any, dtype: torch.dtype | None = None) -> Any:
+    """A tree of zeros in the parameters' layouts."""
+    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype), params)
 
 
-def global_norm(grads: Any) -> ShardedTensor:
-    """The 2-norm of all leaves together: one scalar all_reduce.
+def stepless(name: str, kernel: Callable[..., Any], **scalars: Any) -> Transform:
+    """A transform without state, by a kernel (scalars, mark, g) -> (update,)."""
 
-    Raises:
-        LayoutError: kind "unreduced": a norm of parts of a sum means nothing.
-    """
-    total: Any = None
-    for path, g in tree.items(grads):
-        if not isinstance(g, ShardedTensor):
-            continue
-        if g.layout.unreduced:
-            raise LayoutError(
-                f"global_norm: {path} is {g}, "
-                f"still a sum over {sorted(g.layout.unreduced)}; "
-                "a norm of parts means nothing\n"
-                f'reduce it first: sw.reshard({path}, "{_settled(g)}")',
-                kind="unreduced",
-                op="global_norm",
-            )
-        g = g.to(torch.float32) if g.element_size() < 4 else g
-        part = (g * g).sum()
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("global_norm: no gradients")
-    return torch.sqrt(total)  # pyright: ignore
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return elementwise(kernel, [grads], params, olds=[None], scalars=scalars)[0], state
 
-
-def _settled(g: ShardedTensor) -> str:
-    return " ".join("/".join(("_", *axes)) for axes in g.layout.dims)
+    return Transform(name, lambda params: {}, update)
 
 
 def get(state: Any, name: str) -> Any:

@@ -4,41 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..layouts import tree
-from ..layouts.place import full
 from ..layouts.sharded import ShardedTensor
-from .base import Transform, global_norm
+from .base import Schedule, Transform, scalar, stepless
+from .flat import elementwise
+from .many import Many
+from .sums import global_norm, wide
 
 
-def clip_by_global_norm(limit: float) -> Transform:
+def clip_by_global_norm(limit: Schedule) -> Transform:
     """Scale all gradients so that their common 2-norm is at most `limit`.
 
-    State "norm" holds it unclipped.
+    State: norm, before clipping. Gradients may be replicated, cut, and on several sub-meshes; each
+    element counts once.
 
     Cost: one scalar all_reduce over the axes that cut any gradient.
 
+    Raises:
+        LayoutError: kind "unreduced", for gradients of which a sum is owed.
+
     Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
+
+    >>> import shardwise as sw
+    >>> g = {"w": sw.full((4,), 1.0, sw.make_mesh({"data": 2}), "n/data")}
+    >>> clip = clip_by_global_norm(1.0)
+    >>> clipped, state = clip.update(g, clip.init(g), g)
+    >>> state["norm"].item(), clipped["w"].full_tensor()
+    (2.0, tensor([0.5000, 0.5000, 0.5000, 0.5000]))
     """
 
     def init(params: Any) -> dict[str, ShardedTensor]:
-        first = next(p for p in tree.leaves(params) if isinstance(p, ShardedTensor))
-        dtype = first.dtype if first.element_size() >= 4 else torch.float32
-        return {"norm": full((), 0.0, first.mesh, "", dtype=dtype)}
+        dtypes = [wide(p.dtype) for p in tree.leaves(params) if isinstance(p, ShardedTensor)]
+        return {"norm": scalar(params, 0.0, max(dtypes, key=lambda d: d.itemsize))}
+
+    def shrink(s: Any, _: Any, g: Many) -> tuple[Many]:
+        factor = s.limit / (s.norm + 1e-6)
+        return (g * (factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)),)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        norm = global_norm(grads)
-        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)  # pyright: ignore
-        return tree.map(lambda g: (g * factor).to(g.dtype), grads), {"norm": norm}
+        norm = global_norm(grads).to(state["norm"].dtype)
+        scalars = {"norm": norm, "limit": limit}
+        return elementwise(shrink, [grads], grads, olds=[None], scalars=scalars)[0], {"norm": norm}
 
     return Transform("clip_by_global_norm", init, update, "reduction")
 
 
 def clip_by_value(limit: float) -> Transform:
-    """Clamp each element of the gradients to [-limit, limit]."""
+    """Clamp each element of the gradients to [-limit, limit].
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        return tree.map(lambda g: torch.clamp(g, -limit, limit), grads), state
-
-    return Transform("clip_by_value", lambda params: {}, update)
+    >>> import shardwise as sw
+    >>> g = {"w": sw.full((2,), 3.0, sw.make_mesh({"data": 2}))}
+    >>> clip_by_value(1.0).update(g, {}, g)[0]["w"].full_tensor()
+    tensor([1., 1.])
+    """
+    return stepless("clip_by_value", lambda s, _, g: (g.clamp(-s.limit, s.limit),), limit=limit)

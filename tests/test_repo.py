@@ -122,11 +122,14 @@ def test_folders_import_in_one_direction() -> None:
         ("ops", "models"),
         ("models", "optim"),
         ("ops", "cli"),
+        ("optim", "checkpoint"),
+        ("checkpoint", "cli"),
+        ("checkpoint", "models"),
     ],
 )
 def test_a_wrong_direction_is_noticed(tmp_path: Path, importer: str, imported: str) -> None:
     package = tmp_path / "src" / "shardwise"
-    for name in ("", *FOLDERS, "cli"):
+    for name in ("", *FOLDERS, "checkpoint", "cli"):
         (package / name).mkdir(parents=True, exist_ok=True)
         (package / name / "__init__.py").write_text("")
     (package / importer / "wrong.py").write_text(f"from .. import {imported}\n")

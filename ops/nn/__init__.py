@@ -1,5 +1,6 @@
 """Functional layers, only where sharding needs thought, and the declaration of parameters."""
 
+from .attention import alibi as alibi
 from .attention import attention as attention
 from .dense import dense as dense
 from .layers import dropout as dropout
@@ -15,4 +16,5 @@ from .param import fan_in as fan_in
 from .param import init as init
 from .param import normal as normal
 from .param import stack as stack
+from .patches import patch_embedding as patch_embedding
 from .rope import rope as rope

@@ -1,41 +1,48 @@
-"""`dense`: the product of activations and weights, with a bias that joins before a sum is reduced."""
+"""`dense`: products of activations and weights; a bias joins before their sum is reduced."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ...layouts.reshard import reshard_one
+from ...layouts.layout import LayoutLike
 from ...layouts.sharded import ShardedTensor
-from ..contract import einsum
-
-_LETTERS = [f"o{i}" for i in range(8)]
+from ...meshlib import record
+from ..contract import EINSUM
+from ..method import Method, arrive, check_method, multiply, multiply_all
+from ..pointwise import OPS
 
 
 def dense(
-    x: ShardedTensor,
-    w: ShardedTensor | tuple[ShardedTensor, ...] | list[ShardedTensor],
+    x: ShardedTensor | Sequence[ShardedTensor],
+    w: ShardedTensor | Sequence[ShardedTensor],
     b: Any = None,
     *,
     out: Any = None,
     over: Mapping[str, str] | None = None,
-    method: Literal["direct"] = "direct",
-    inputs: int = 1,
+    method: Method = "direct",
+    inputs: int | Sequence[int] = 1,
 ) -> Any:
     """`x`'s last dims contracted with `w`'s first, plus a bias.
 
     Args:
-        x: [..., in].
-        w: [in, out...], any number of out dims; or a tuple of weights that share `x`, which is
-            converted once.
-        b: [out...], or a tuple beside a tuple of weights; joins before a sum is reduced.
+        x: [..., in]; or a tuple beside a tuple of weights: the products are added, before their
+            sum is reduced, and give one result.
+        w: [in, out...], any number of out dims; or a tuple of weights that share one `x`, which is
+            converted or moved once for all of them, and give a tuple.
+        b: [out...], or a tuple beside a tuple of results; joins before a sum is reduced.
         out: layout of the result, or a tuple of them.
         over: as in `einsum`.
-        method: "direct".
-        inputs: number of contracted dims, 2 for [heads, head_dim, embed].
+        method: as in `einsum`. A ring does not scatter a sum that a bias or another product joins.
+        inputs: number of contracted dims, 2 for [heads, head_dim, embed]; a tuple beside a tuple
+            of `x`.
 
     Returns:
         [..., out...], or a tuple.
+
+    Raises:
+        LayoutError: kind "choice", where the types leave one that neither `out` nor `over` settles.
+        ValueError: an unknown method, tuples of different lengths.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})
@@ -43,35 +50,80 @@ def dense(
     >>> sw.nn.dense(x, sw.shard(torch.ones(4, 6), mesh, "d/tensor f"), out="b s f")
     f32[2 3 6] local[2 3 6] on mesh(tensor=2)
     """
-    if isinstance(w, tuple | list):
-        count = len(w)
-        biases = b if isinstance(b, tuple | list) else (b,) * count
-        outs = out if isinstance(out, tuple | list) else (out,) * count
-        return tuple(
-            dense(x, each, bias, out=to, over=over, method=method, inputs=inputs)
-            for each, bias, to in zip(w, biases, outs, strict=True)
-        )
-    if method != "direct":
-        raise ValueError(f"dense: unknown method {method!r} (known: 'direct')")
+    check_method("dense", method)
+    if record.LOGS:
+        with record.acting("dense"):
+            return _dense(x, w, b, out, over, method, inputs)
+    return _dense(x, w, b, out, over, method, inputs)
+
+
+def _dense(
+    x: Any, w: Any, b: Any, out: Any, over: Mapping[str, str] | None, method: Method, inputs: Any
+) -> Any:
+    if isinstance(x, tuple | list):
+        return _added(x, w, b, out, over, method, inputs)
+    if not isinstance(inputs, int):
+        raise TypeError("dense: a tuple of inputs needs a tuple of x")
+    if not isinstance(w, tuple | list):
+        static = _static(x, w, inputs)
+        free = b is None
+        product = multiply(EINSUM, (x, w), static, out, over, method=method, scatter=free)
+        return _finished(product, b, out)
+    count = len(w)
+    biases, outs = _each(b, count, "b"), _each(out, count, "out")
+    products = multiply_all(
+        EINSUM,
+        x,
+        w,
+        [_static(x, each, inputs) for each in w],
+        outs,
+        over,
+        method=method,
+        scatter=[bias is None for bias in biases],
+    )
+    return tuple(map(_finished, products, biases, outs))
+
+
+def _added(
+    xs: Sequence[ShardedTensor],
+    w: Any,
+    b: Any,
+    out: LayoutLike | None,
+    over: Mapping[str, str] | None,
+    method: Method,
+    inputs: int | Sequence[int],
+) -> ShardedTensor:
+    """The sum of several products, owed until all have joined it."""
+    if not isinstance(w, tuple | list) or len(w) != len(xs):
+        raise ValueError(f"dense: {len(xs)} tensors x need a tuple of as many weights")
+    total = None
+    for x, each, dims in zip(xs, w, _each(inputs, len(xs), "inputs"), strict=True):
+        static = _static(x, each, dims)
+        product = multiply(EINSUM, (x, each), static, out, over, method=method, scatter=False)
+        total = product if total is None else OPS["add"]((total, product))
+    assert total is not None
+    return _finished(total, b, out)
+
+
+def _finished(product: ShardedTensor, b: Any, out: LayoutLike | None) -> ShardedTensor:
+    """The product with its bias, in the layout asked for."""
+    if b is not None:
+        return OPS["add"]((product, b), (), out)
+    return product if out is None else arrive(product, out, "dense")
+
+
+def _each(value: Any, count: int, what: str) -> Sequence[Any]:
+    """One per product: a tuple as it is, anything else for all."""
+    if not isinstance(value, tuple | list):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(f"dense: {len(value)} of {what} for {count} products")
+    return value
+
+
+def _static(x: ShardedTensor, w: ShardedTensor, inputs: int) -> tuple[str]:
+    """The einsum pattern."""
     batch = [f"i{n}" for n in range(x.ndim - inputs)]
     inner = [f"k{n}" for n in range(inputs)]
-    outer = _LETTERS[: w.ndim - inputs]
-    pattern = f"{' '.join(batch + inner)}, {' '.join(inner + outer)} -> {' '.join(batch + outer)}"
-    if b is None:
-        return einsum(pattern, x, w, out=out, over=over)
-    try_first = (
-        einsum(pattern, x, w, over=over) if out is None or _is_settled(x, w, inputs) else None
-    )
-    product = try_first if try_first is not None else einsum(pattern, x, w, out=out, over=over)
-    total = product + b
-    return total if out is None else reshard_one(total, out)
-
-
-def _is_settled(x: ShardedTensor, w: ShardedTensor, inputs: int) -> bool:
-    """Whether the types alone decide the product: no axis cuts different factors of x and w."""
-    ahead = x.ndim - inputs
-    for axis, state in w.layout.axes.items():
-        other = x.layout.state(axis)
-        if isinstance(state, int) and isinstance(other, int) and state != other - ahead:
-            return False
-    return True
+    outer = [f"o{n}" for n in range(w.ndim - inputs)]
+    return (f"{' '.join(batch + inner)}, {' '.join(inner + outer)} -> {' '.join(batch + outer)}",)

@@ -19,14 +19,28 @@ from ..normalize import rms_norm as _rms_norm
 from ..random import Key
 
 
-def embedding(
-    ids: Any, table: ShardedTensor, *, out: LayoutLike | None = None
-) -> ShardedTensor:
+def embedding(ids: Any, table: ShardedTensor, *, out: LayoutLike | None = None) -> ShardedTensor:
     """Rows of a table [vocab, embed] by integer ids; the vocabulary may be cut.
 
-    Ids that are cut by an axis of the vocabulary are gathered over it: they are the small side.
+    Args:
+        ids: integers [...], plain or cut; by an axis of the vocabulary, they are gathered over it:
+            they are the small side.
+        table: [vocab, embed]; both dims may be cut.
+        out: layout of the result.
 
-    Cost: with a cut vocabulary, the sum of partial lookups is reduced by `out`.
+    Returns:
+        [..., embed]: unreduced over the axes that cut the vocabulary, unless `out` says more.
+
+    Cost: the reduction to `out`: an all_reduce or a reduce_scatter of the result. Backward the
+    gradient of the result is gathered, never one of the table.
+
+    >>> import torch, shardwise as sw
+    >>> mesh = sw.make_mesh({"tensor": 2})
+    >>> table = sw.shard(torch.arange(8.0).view(4, 2), mesh, "vocab/tensor embed")
+    >>> ids = sw.shard(torch.tensor([3, 0]), mesh)
+    >>> sw.nn.embedding(ids, table, out="seq/tensor embed").full_tensor()
+    tensor([[6., 7.],
+            [0., 1.]])
     """
     if isinstance(ids, ShardedTensor):
         whole = frozenset(table.layout.dims[0])
@@ -39,7 +53,23 @@ def embedding(
 def rms_norm(
     x: ShardedTensor, scale: ShardedTensor | None = None, *, eps: float = 1e-6
 ) -> ShardedTensor:
-    """x / sqrt(mean(x^2) + eps) * scale over the last dim; if cut, only statistics move."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last dim; if cut, only statistics move.
+
+    Args:
+        x: [..., embed].
+        scale: [embed], cut as x is.
+        eps: added to the mean square.
+
+    Cost where the last dim is cut: an all_reduce of one number per row over the axes that cut it,
+    forward and backward. The gradient of `scale` is summed over the axes that cut the rows.
+
+    >>> import torch, shardwise as sw
+    >>> mesh = sw.make_mesh({"row": 2, "col": 2})
+    >>> x = sw.shard(torch.full((2, 4), 3.0), mesh, "batch/row embed/col")
+    >>> scale = sw.shard(torch.ones(4), mesh, "embed/col {R:row}")
+    >>> sw.nn.rms_norm(x, scale)
+    f32[2/row 4/col] local[1 2] on mesh(row=2, col=2)
+    """
     return _rms_norm(x, (x.shape[-1],), scale, eps)
 
 
@@ -50,7 +80,21 @@ def layer_norm(
     *,
     eps: float = 1e-5,
 ) -> ShardedTensor:
-    """Zero mean and unit variance over the last dim, then scale and bias."""
+    """Zero mean and unit variance over the last dim, then scale and bias.
+
+    Args:
+        x: [..., embed].
+        scale: [embed], cut as x is.
+        bias: as scale.
+        eps: added to the variance.
+
+    Cost where the last dim is cut: as `rms_norm`, twice (mean, then variance around it).
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.tensor([[1.0, 3.0]]), sw.make_mesh({"tensor": 2}), "b d/tensor")
+    >>> sw.nn.layer_norm(x).full_tensor()
+    tensor([[-1.0000,  1.0000]])
+    """
     return _layer_norm(x, (x.shape[-1],), scale, bias, eps)
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ...layouts.convert import convert, relabelled
-from ...layouts.layout import make
+from ...layouts.layout import State, make, with_state
 from ...layouts.permute import permute_shards
 from ...layouts.sharded import ShardedTensor, make_type
 from ...meshlib import record
 from ...meshlib.errors import LayoutError, word
 from ...meshlib.source import user_line
+from .. import einops
 from .local import MESH
+from .rooted import Kind, Rooted, rooted
 
 
 def _state(x: Any, axis: str, op: str, allowed: tuple[str, ...]) -> None:
@@ -217,6 +219,71 @@ def permute(x: ShardedTensor, axis: Any, *pairs: Any, **keywords: Any) -> Sharde
     _state(x, axis, "permute", ("varying",))
     with record.acting("permute", "shard_map"):
         return permute_shards(x, axis, pairs[0])
+
+
+def broadcast(x: ShardedTensor, axis: str, root: int) -> ShardedTensor:
+    """The value of the device at position `root` of an axis, on all. Inside `shard_map`.
+
+    Args:
+        x: varying over `axis`, which has n devices.
+        axis: a mesh axis.
+        root: a position on it.
+
+    Returns:
+        Reduced over `axis`: equal on its devices, its gradient still to be summed.
+
+    Cost: n-1 of the n devices move the bytes of `x`. Gradient: `reduce` to the root.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(4.0), sw.make_mesh({"data": 2}), "n/data")
+    >>> f = lambda x: sw.ops.broadcast(x, "data", 1)
+    >>> sw.shard_map(f, in_layouts="n/data", out_layouts="n {R:data}")(x).full_tensor()
+    tensor([2., 3.])
+    """
+    _state(x, axis, "broadcast", ("varying",))
+    return _rooted(x, axis, root, "broadcast", "reduced")
+
+
+def reduce(x: Any, *where: Any, **keywords: Any) -> ShardedTensor:
+    """The sum over an axis on its device at position `root`, zeros elsewhere. Inside `shard_map`.
+
+    Args:
+        x: varying or unreduced over `axis`, which has n devices.
+        *where: `axis, root`: a mesh axis and a position on it. `pattern, op` instead mean the
+            reduction of einops.
+        **keywords: of einops' reduction.
+
+    Returns:
+        Varying over `axis`.
+
+    Cost: n-1 of the n devices move the bytes of `x`. Gradient: `broadcast` from the root.
+
+    >>> import torch, shardwise as sw
+    >>> x = sw.shard(torch.arange(4.0), sw.make_mesh({"data": 2}), "n/data")
+    >>> f = lambda x: sw.ops.reduce(x, "data", 1)
+    >>> sw.shard_map(f, in_layouts="n/data", out_layouts="n/data")(x).full_tensor()
+    tensor([0., 0., 2., 4.])
+    """
+    if len(where) != 2 or not isinstance(where[1], int) or keywords:
+        return einops.reduce(x, *where, **keywords)
+    axis, root = where
+    _state(x, axis, "reduce", ("varying", "unreduced"))
+    if x.layout.state(axis) == "varying":
+        x = convert(x, axis, "unreduced")
+    return _rooted(x, axis, root, "reduce", "varying")
+
+
+def _rooted(x: ShardedTensor, axis: str, root: int, kind: Kind, after: State) -> ShardedTensor:
+    """The collective, with the state over the axis that it leaves."""
+    n = x.mesh.axes[axis]
+    if not 0 <= root < n:
+        raise ValueError(f"{kind}: root must be a position 0..{n - 1} of {axis!r}, got {root}")
+    with record.acting(kind, "shard_map"):
+        shards = rooted(Rooted(x.mesh, axis, root, kind), x._shards, record.context())
+    kind_after = x._type.with_layout(
+        with_state(x.layout, axis, after), x._type.grad and torch.is_grad_enabled()
+    )
+    return ShardedTensor(tuple(shards), kind_after)
 
 
 def axis_index(axis: str) -> ShardedTensor:

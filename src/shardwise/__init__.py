@@ -4,6 +4,7 @@ mesh = sw.make_mesh({"data": 2, "tensor": 4})
 x = sw.shard(torch.randn(64, 512), mesh, "batch/data embed")
 """
 
+from . import checkpoint as checkpoint
 from . import kernels as kernels
 from . import layouts as layouts
 from . import meshlib as meshlib
@@ -19,6 +20,7 @@ from .layouts.place import shard as shard
 from .layouts.place import zeros as zeros
 from .layouts.reshard import reshard as reshard
 from .layouts.sharded import ShardedTensor as ShardedTensor
+from .layouts.show import show as show
 from .layouts.strategy import Precision as Precision
 from .layouts.strategy import Strategy as Strategy
 from .meshlib.errors import LayoutError as LayoutError

@@ -50,6 +50,8 @@ MESHES = {
     "2 x 2": ("data = 2\ntensor = 2", '"data", "tensor_1d"'),
     "2 x 2 x 2": ("data = 2\ndepth = 2\ntensor = 2", '"data", "data(depth)", "tensor_1d"'),
     "fsdp": ("data = 2\ntensor = 2", '"fsdp", "tensor_1d"'),
+    "2d": ("row = 2\ncol = 2", '"tensor_2d"'),
+    "cube of other names": ("a = 2\nb = 2\nc = 2", '"tensor_3d(a, b, c)"'),
 }
 
 
@@ -71,7 +73,7 @@ def curve(file: str, *overrides: str) -> tuple[Curve, str]:
     """Train, and what it printed."""
     config = read_config(
         file,
-        families={name: kind for name, (kind, _) in build.FAMILIES.items()},
+        families={name: family.config for name, family in build.FAMILIES.items()},
         presets=tuple(build.PRESETS),
         derived=build.DERIVED,
         overrides=overrides,
@@ -146,8 +148,18 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["mesh.tensor=8"], "dim 1 of size 4 is not divisible by axis 'tensor' of size 8"),
-        (["mesh.data=3"], "dim 0 of size 8 is not divisible by axis 'data' of size 3"),
+        (["mesh.tensor=8"], "dim 'heads' of size 4 (heads, attended) is not divisible by 8"),
+        (
+            ["mesh.data=3"],
+            "dim 'batch' of size 8 (tokens, images, labels and 7 more) is not divisible by 3",
+        ),
+        (
+            ["mesh={row = 2, col = 4}", "strategy.preset=['tensor_2d']"],
+            "axes 'row', 'col' are the sides of a square, so they must be of one size",
+        ),
+        (["strategy.preset=['tensor_2d(a, b, c)']"], "tensor_2d takes 2 axes (row, col)"),
+        (["strategy.preset=['tensor_1d(kw=cut)']"], "unknown option 'kw' (known: 'kv')"),
+        (["model.preset=gpt2-smal"], "gpt2 has no size 'gpt2-smal'; did you mean 'gpt2-xl'?"),
         (['strategy.preset=["data(dato)"]'], "unknown axis 'dato'"),
         (["data.text=nowhere"], "no such file or folder: nowhere"),
     ],

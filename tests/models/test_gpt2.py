@@ -1,17 +1,23 @@
-"""GPT-2 under every strategy equals one in plain torch: loss and every gradient, in float64."""
+"""GPT-2 under every strategy equals one in plain torch: loss and every gradient, in float64.
+
+And it equals Hugging Face's, padding and given positions included.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import parity
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import shardwise as sw
 from shardwise import models, strategies
+from shardwise.models.gpt2 import PRESETS, config_from, config_to
 
 CONFIG = models.GPT2Config(layer=2, embed=16, heads=4, vocab=24, position=8)
 BATCH = 8
@@ -191,3 +197,78 @@ def test_one_step_is_planned_for_four_thousand_devices() -> None:
     )
     assert plan.flops > 0
     assert plan.peak_memory > 0
+
+
+def hugging_face(dtype: torch.dtype) -> Any:
+    """A Hugging Face model with weights that matter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_embd=24, n_layer=2, n_head=6, n_inner=20, vocab_size=29, n_positions=16,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return parity.redraw(GPT2LMHeadModel(config)).to(dtype)
+
+
+def compare(hf: Any, tolerance: float, **known: Tensor) -> None:
+    """Logits, loss and every gradient of ours equal those of the Hugging Face model."""
+    rng = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randint(29, (2, 4, 10), generator=rng)
+    there = known.get("mask", torch.ones(4, 10)) != 0
+    labels[0, :3] = -100
+    labels = labels.where(there, -100)
+    theirs = {"attention_mask": known.get("mask"), "position_ids": known.get("positions")}
+    wanted = parity.run_reference(hf, lambda m: m(tokens, **theirs).logits, labels)
+    strategy = strategies.data()
+    strategy = parity.double(strategy) if hf.dtype == torch.float64 else strategy
+    model = models.gpt2(config_from(hf.config.to_dict()), strategy)
+    params = parity.to_params(parity.state_of(hf), model)
+    batch = {"tokens": tokens, "labels": labels, **known}
+    ours = parity.run_ours(model, sw.make_mesh({"data": 2}), params, batch, **known)
+    assert len(ours.grads) == len(wanted.grads)
+    parity.check(ours, wanted, tolerance, there)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_equals_hugging_face(dtype: torch.dtype, tolerance: float) -> None:
+    compare(hugging_face(dtype), tolerance)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_padding_is_not_seen(given: bool) -> None:
+    mask = torch.ones(4, 10, dtype=torch.int64)
+    for row, count in enumerate((0, 1, 4, 9)):
+        mask[row, :count] = 0
+    positions = {"positions": (mask.cumsum(1) - 1).clamp(min=0)} if given else {}
+    compare(hugging_face(torch.float64), 1e-10, mask=mask, **positions)
+
+
+@pytest.mark.parametrize("name", parity.SHARDED)
+def test_strategies_change_no_result(name: str) -> None:
+    parity.check_sharded("gpt2", name)
+
+
+def test_padding_changes_no_result() -> None:
+    sizes: Any = {"layer": 2, "embed": 15, "heads": 3, "ffn": 10, "vocab": 23, "position": 12}
+    batch = {k: v.clamp(max=22) for k, v in tiny.text_batch(4).items()}
+    plain = models.gpt2(models.GPT2Config(**sizes), double(strategies.data()))
+    params = tiny.drawn(plain)
+    wanted = parity.run_ours(plain, sw.make_mesh({"data": 1}), params, batch)
+    config = models.GPT2Config(**sizes, pad={"heads": 4, "ffn": 4, "vocab": 4})
+    model = models.gpt2(config, double(strategies.tensor_1d()))
+    padded = parity.to_params(parity.to_state(params, plain), model)
+    ours = parity.run_ours(model, sw.make_mesh({"tensor": 4}), padded, batch)
+    parity.check(ours._replace(output=ours.output[..., :23]), wanted, 1e-10)
+
+
+COUNTS = {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes_have_the_published_parameters(name: str) -> None:
+    assert models.gpt2(PRESETS[name], strategies.data()).num_parameters == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_config_json(name: str) -> None:
+    assert config_from(config_to(PRESETS[name])) == PRESETS[name]

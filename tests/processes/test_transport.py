@@ -55,6 +55,8 @@ def calls(axes: tuple[str, ...], n: int, dtype: torch.dtype) -> Iterator[tuple[s
         return
     for op in ("sum", "max", "min"):
         yield f"all_reduce {op}", lambda t, xs, o=op: t.all_reduce(xs, axes, o)
+    for root in {0, n - 1}:
+        yield f"reduce {root}", lambda t, xs, r=root: t.reduce(xs, axes, r)
     for dim in (0, 1):
         yield f"reduce_scatter {dim}", lambda t, xs, d=dim: t.reduce_scatter(xs, axes, d)
 
@@ -230,6 +232,7 @@ def mismatches() -> dict[str, str]:
     gather, scatter = comm.all_gather, comm.reduce_scatter
     attempt("kind", lambda: (scatter if last else gather)([x], ("a",), 0))
     attempt("root", lambda: comm.broadcast([x], ("b",), int(last)))
+    attempt("reduce", lambda: comm.reduce([x], ("b",), int(last)))
     attempt("pairs", lambda: comm.permute([x], ("b",), [(0, 1)] if last else [(1, 0)]))
     attempt("dims", lambda: comm.all_to_all([x], ("a",), *((0, 1) if last else (1, 0))))
     attempt("long", lambda: comm.permute([x], ("a",), [(0, 0)] * (50 + last)))

@@ -80,6 +80,25 @@ BODIES = {
         "_/a _",
         lambda b: torch.cat([b[i] * b[i - 1] for i in range(len(b))]),
     ),
+    "broadcast": (lambda x: ops.broadcast(x, "a", 1), "_ _ {R:a}", lambda b: b[1]),
+    "broadcast, read by each": (
+        lambda x: torch.sin(x) * ops.broadcast(x, "a", 0),
+        "_/a _",
+        lambda b: torch.cat([p.sin() * b[0] for p in b]),
+    ),
+    "reduce": (
+        lambda x: ops.reduce(x, "a", 1),
+        "_/a _",
+        lambda b: torch.cat([sum(b) if i == 1 else torch.zeros_like(p) for i, p in enumerate(b)]),
+    ),
+    "reduce of a sum that is owed": (
+        lambda x: ops.reduce(x.sum(0, keepdim=True) @ ops.all_reduce(x, "a").T, "a", 0),
+        "_/a _",
+        lambda b: torch.cat(
+            [sum(p.sum(0, keepdim=True) @ sum(b).T for p in b)]
+            + [torch.zeros(1, len(b[0]), dtype=b[0].dtype) for _ in b[1:]]
+        ),
+    ),
     "axis_index": (
         lambda x: x * (ops.axis_index("a") + 1),
         "_/a _",
@@ -239,3 +258,41 @@ def test_it_plans_on_an_abstract_mesh():
     made = sw.plan(f, x)
     assert made.count(kind="all_gather", why="shard_map") == 1
     assert str(made.result) == "f32[1024 8]{R:data}"
+
+
+def test_roots_are_positions_and_einops_reduce_keeps_its_name():
+    grid = mesh(a=2)
+    x = sw.shard(randn(4, 6), grid, "_/a _")
+    for collective in (ops.broadcast, ops.reduce):
+        body = sw.shard_map(lambda x, f=collective: f(x, "a", 2), in_layouts="_/a _",
+                            out_layouts="_/a _")  # fmt: skip
+        with pytest.raises(ValueError, match=r"root must be a position 0\.\.1 of 'a', got 2"):
+            body(x)
+    close(ops.reduce(x, "a b -> b", "sum").full_tensor(), x.full_tensor().sum(0))
+    with pytest.raises(sw.LayoutError, match="broadcast"):
+        sw.shard_map(lambda x: ops.broadcast(ops.all_reduce(x, "a"), "a", 0), in_layouts="_/a _",
+                     out_layouts="_ _")(x)  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_broadcast_and_reduce_are_adjoint_and_recorded(n):
+    grid = mesh(a=n)
+    x = sw.shard(randn(6, 6), grid, "_/a _")
+
+    @sw.shard_map(in_layouts="_/a _", out_layouts="_/a _")
+    def f(x):
+        return ops.reduce(torch.tanh(ops.broadcast(x, "a", 1) * x), "a", 0)
+
+    with sw.record() as plan:
+        _, pull = sw.vjp(f, x)
+        pull(x)
+    block = 36 // n * (n - 1) / n
+    rows = [(c.phase, c.kind, c.elements, c.reduce) for c in plan.collectives]
+    assert rows == [
+        ("forward", "broadcast", block, None), ("forward", "reduce", block, "sum"),
+        ("backward", "broadcast", block, None), ("backward", "reduce", block, "sum"),
+    ]  # fmt: skip
+    mapped = sw.vmap(f, in_dims=0)(
+        sw.shard(torch.stack([x.full_tensor(), randn(6, 6, seed=3)]), grid, "v _/a _")
+    )  # noqa: E501
+    close(mapped.full_tensor()[0], f(x).full_tensor())

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import models
 from ..layouts.strategy import Precision, Strategy
 from ..meshlib.errors import nearest
 from ..meshlib.mesh import Mesh, make_mesh
-from ..models import GPT2Config, Model, gpt2
+from ..models import Model
+from ..models.gpt2 import PRESETS as GPT2
+from ..models.llama import PRESETS as LLAMA
+from ..models.opt import PRESETS as OPT
+from ..models.palm import PRESETS as PALM
 from ..ops.nn import strategies
 from ..optim import Transform, adamw, chain, clip_by_global_norm, schedules
 from . import text
 from .config import Config, ModelTable, OptimizerTable, PrecisionTable, Preset, StrategyTable
 
-FAMILIES: dict[str, tuple[type, Callable[[Any, Strategy], Model]]] = {"gpt2": (GPT2Config, gpt2)}
+
+class Family(NamedTuple):
+    """A family of decoders: its config, the model of one, and configs by the names of sizes."""
+
+    config: type[Any]
+    make: Callable[[Any, Strategy], Model]
+    sizes: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(models.GPT2Config, models.gpt2, GPT2),
+    "llama": Family(models.LlamaConfig, models.llama, LLAMA),
+    "opt": Family(models.OPTConfig, models.opt, OPT),
+    "palm": Family(models.PaLMConfig, models.palm, PALM),
+}
 PRESETS: dict[str, Callable[..., Strategy]] = {
     "data": strategies.data,
     "fsdp": strategies.fsdp,
@@ -89,10 +108,27 @@ def _preset(preset: Preset, matmul: str | None) -> Strategy:
     return make(*preset.axes, **options)
 
 
-def build_model(table: ModelTable, seq: int, strategy: Strategy) -> Model:
-    """The family's model, with bytes as vocabulary and the data's length as positions."""
-    kind, make = FAMILIES[table.family]
-    return make(kind(**{"vocab": text.VOCAB, "position": seq, **table.fields}), strategy)
+def build_model(
+    table: ModelTable, seq: int, strategy: Strategy, mesh: Mesh
+) -> tuple[Model, Any | None]:
+    """The file's model, and its parameters where a folder has them.
+
+    Bytes are the vocabulary and the data's length the positions, unless the file says otherwise or
+    the folder does.
+    """
+    if table.load is not None:
+        return models.load(
+            table.load, mesh, strategy, dtype=strategy.precision.param, pad=table.pad
+        )
+    assert table.family is not None
+    family = FAMILIES[table.family]
+    fields = {"vocab": text.VOCAB, "position": seq, "pad": table.pad, **table.fields}
+    if table.preset is None:
+        return family.make(family.config(**fields), strategy), None
+    if table.preset not in family.sizes:
+        hint = nearest(table.preset, family.sizes)
+        raise ValueError(f"model.preset: {table.family} has no size {table.preset!r}{hint}")
+    return family.make(replace(family.sizes[table.preset], **fields), strategy), None
 
 
 def build_optimizer(table: OptimizerTable, steps: int) -> Transform:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(
             given.file,
-            families={name: kind for name, (kind, _) in build.FAMILIES.items()},
+            families={name: family.config for name, family in build.FAMILIES.items()},
             presets=tuple(build.PRESETS),
             derived=build.DERIVED,
             overrides=given.overrides,

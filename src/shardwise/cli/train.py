@@ -67,7 +67,8 @@ def train(config: Config, console: Console | None = None) -> Curve:
         torch.set_num_threads(1)  # many small ops: waking a second thread costs more than it does
     console = console or Console(quiet=not mesh.is_first, highlight=False, soft_wrap=True)
     strategy = build.build_strategy(config.strategy, config.precision)
-    model = build.build_model(config.model, config.data.seq, strategy)
+    model, loaded = build.build_model(config.model, config.data.seq, strategy, mesh)
+    model.check(mesh, batch=config.data.batch // config.data.micro_batches, seq=config.data.seq)
     optimizer = build.build_optimizer(config.optimizer, config.run.steps)
     corpus = build.build_corpus(config)
     step = make_step(model, optimizer, config.data.micro_batches)
@@ -76,7 +77,7 @@ def train(config: Config, console: Console | None = None) -> Curve:
     table = str(strategy.table(model.declaration, model.config, mesh))
     console.print(table + "\n", markup=False)
 
-    params = model.init(random.key(config.run.seed), mesh)
+    params = model.init(random.key(config.run.seed), mesh) if loaded is None else loaded
     state = optimizer.init(params)
     batch = place(text.batches(corpus.train, seq=config.data.seq, batch=config.data.batch, seed=config.run.seed, step=0), model, mesh)  # fmt: skip  # noqa: E501
     check_stable(step, params, state, batch)

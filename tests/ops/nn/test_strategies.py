@@ -156,7 +156,8 @@ def test_a_strategy_is_saved_as_toml_and_read_back(name: str) -> None:
             "3d",
             {"i": 2, "j": 2, "k": 2},
             {"batch": 6},
-            "dim 'batch' of size 6 (tokens, images, labels, hidden) is not divisible by 4 ('i/j')",
+            "dim 'batch' of size 6 (tokens, images, labels and 1 more) is not "
+            "divisible by 4 ('i/j')",
         ),
         (
             "sequence",
@@ -177,8 +178,8 @@ def test_a_strategy_is_saved_as_toml_and_read_back(name: str) -> None:
             "2.5d",
             {"depth": 2, "row": 2, "col": 2},
             {"embed": 9, "batch": 2},
-            "dim 'batch' of size 2 (tokens, images, labels, hidden, block_in, heads, ffn, logits, "
-            "kv, attended) is not divisible by 4 ('depth/row')\n"
+            "dim 'batch' of size 2 (tokens, images, labels and 7 more) is not divisible by 4 "
+            "('depth/row')\n"
             "dim 'embed' of size 9 (hidden, block_in) is not divisible by 2 ('col')",
         ),
     ],
