@@ -22,7 +22,6 @@ from ..ops.contract import einsum
 from ..ops.random import Key
 from ..ops.transforms.scan import scan
 from .cache import Cache, advance, run_cached
-from .config import Config
 from .model import Model
 from .names import Source
 
@@ -60,7 +59,7 @@ def attend(
     *,
     rotate: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     causal: bool = True,
-    config: Config | None = None,
+    config: Any = None,
     **options: Any,
 ) -> ShardedTensor:
     """Multi-head attention without its output projection.
@@ -72,7 +71,7 @@ def attend(
         place: positions, and the cache if there is one.
         rotate: (queries, keys) -> the same with their positions in them, before the cache.
         causal: a query sees keys at its own position and before.
-        config: of the model; read where it pads heads but not key-value heads.
+        config: of the model, where it may pad heads but not key-value heads.
         **options: of `nn.attention`.
 
     Returns:
@@ -94,11 +93,10 @@ def attend(
         options |= {"positions": place.positions}
     if place.mask is not None:
         options |= {"mask": place.mask[:, None, None, :]}
-    padded = config is not None and q.shape[2] != config.group * k.shape[2]
-    if padded:
-        options |= {"group": config.group}
-    a = nn.attention(q, k, v, causal=causal, out=s["attended"], **options)
-    return _silenced(a, config) if padded else a
+    options |= {"causal": causal, "out": s["attended"]}
+    if config is not None and q.shape[2] != config.group * k.shape[2]:
+        return _silenced(nn.attention(q, k, v, group=config.group, **options), config)
+    return nn.attention(q, k, v, **options)
 
 
 def _silenced(a: ShardedTensor, config: Any) -> ShardedTensor:
@@ -249,7 +247,7 @@ def causal_model(
         mask: Any = None,
         only_last: bool = False,
     ) -> tuple[ShardedTensor, Cache]:
-        cache, positions = advance(cache, *tokens.shape, mask)
+        cache, positions = advance(cache, tokens.shape[0], tokens.shape[1], mask)
 
         def run(p: Any, x: ShardedTensor, recall: Any) -> ShardedTensor:
             return block(s.use(p), x, Place(positions, recall=recall))

@@ -156,6 +156,8 @@ class Op:
 
         For what must join a sum before it is reduced, such as a bias.
         """
+        if out is None:
+            return self(operands, static, None, over)
         operands = typed(operands)
         prepared = self.planned(operands, static, out, over, toward=True)
         assert prepared is not None

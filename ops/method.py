@@ -8,7 +8,8 @@ The planner decides as for any op; its decision is then read as a `Form` (`ops/p
                both along the contracted factor; X.W^T and X^T.Y gather one and scatter the result
     ring       one move; of several the largest, the others are conversions
 
-Whatever does not fit runs direct. Types, values and gradients are the same under every method.
+Whatever does not fit runs direct: three operands, integers, axes of different size, a letter that
+only one tensor has, a sum that a bias must join before it is scattered. Types, values and gradients are the same under every method.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -53,6 +55,11 @@ class Move:
     elements: float  # that the conversion would move
 
 
+def is_inexact(dtype: torch.dtype) -> bool:
+    """Whether a sum of this dtype may stay owed."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def check_method(op: str, method: str) -> None:
     """Raise for a method that there is not."""
     if method not in get_args(Method):
@@ -81,7 +88,7 @@ def schedule(
     letters = [c for have in names for c in have]
     if len(names) != 3 or any(c == "" or letters.count(c) < 2 for c in letters):
         return None
-    if any(k.layout.memory != "device" or k.layout.at for k in kinds):
+    if any(k.layout.memory != "device" or not is_inexact(k.dtype) for k in kinds):
         return None
     mesh = kinds[0].mesh
     every = [*_gathers(prepared, 0), *_gathers(prepared, 1)]
@@ -172,7 +179,7 @@ def multiply(
     reduce_dtype: torch.dtype | None = None,
     scatter: bool = True,
 ) -> ShardedTensor:
-    """A product on the way to `out`, by a method; its sums are left owed, but for a ring's own.
+    """A product on the way to `out`, by a method; its sums are left owed but for those it moves.
 
     Args:
         op: einsum.
@@ -183,20 +190,25 @@ def multiply(
         method: "direct", "streamed" or "ring".
         save: of gathers.
         reduce_dtype: in which sums are taken.
-        scatter: whether a ring may reduce the result's sum.
+        scatter: whether a panel product may reduce the result's sum, because nothing joins it.
     """
+    if method == "direct" and save == "gathered" and reduce_dtype is None:
+        return op.toward(operands, static, out, over)
     operands = typed(operands)
     plan = op.planned(operands, static, out, over, toward=True)
     assert plan is not None
-    if method == "direct" and save == "gathered" and reduce_dtype is None:
-        return op.run(plan, operands, static)
     found = _scheduled(plan, out, method, scatter, reduce_dtype)
-    with record.acting(op.name, plan.why):
+    with _acting(op.name, plan.why):
         moved = [
             _moved(x, to, save, reduce_dtype)
             for x, to in zip(operands, _enter(plan, found), strict=True)
         ]
         return _carried_out(op, plan, found, moved, static)
+
+
+def _acting(name: str, why: record.Why) -> AbstractContextManager[None]:
+    """Names what moves inside, where that is recorded."""
+    return record.acting(name, why) if record.LOGS else nullcontext()
 
 
 def _enter(plan: Prepared, found: Schedule | None) -> tuple[Layout, ...]:
@@ -265,7 +277,7 @@ def arrive(
     reduce_dtype: torch.dtype | None = None,
 ) -> ShardedTensor:
     """The product in the layout that `out` asks for."""
-    with record.acting(name, "out"):
+    with _acting(name, "out"):
         return _moved(x, wanted(name, out, x.layout, x.shape, x.mesh), save, reduce_dtype)
 
 
@@ -300,7 +312,7 @@ def multiply_all(
     results = []
     for plan, how, (_, w), static in zip(plans, found, pairs, statics, strict=True):
         to, other = _enter(plan, how)
-        with record.acting(op.name, plan.why):
+        with _acting(op.name, plan.why):
             if to not in moved:
                 moved[to] = _moved(x, to)
             results.append(_carried_out(op, plan, how, (moved[to], _moved(w, other)), static))
@@ -330,7 +342,7 @@ def _joined(
     batch = [c for c in form.letters[0] if c in form.letters[2]]
     inner = [c for c in form.letters[0] if c not in form.letters[2]]
     letters = (form.letters[0], (*inner, "*"), (*batch, "*"))
-    with record.acting(op.name, plans[0].why):
+    with _acting(op.name, plans[0].why):
         moved = [_moved(x, found[0].enter[0])]
         moved += [_moved(w, s.enter[1]) for w, s in zip(weights, found, strict=True)]
         # [inner..., out...] -> [inner..., all of out]

@@ -56,6 +56,12 @@ class Form:
         first, second = (i for i in range(3) if i != self.result)
         return first, second
 
+    @property
+    def names(self) -> tuple[Letters, Letters, Letters]:
+        """Letters of the two that are given and of the result."""
+        first, second = self.operands
+        return self.letters[first], self.letters[second], self.letters[self.result]
+
     def panels(self, step: int) -> Sequence[int]:
         """Number of the panel that each held shard works on.
 
@@ -122,14 +128,14 @@ class _Run:
     def products(self, given: Sequence[Shards]) -> Iterator[Callable[[Shards | None], Shards]]:
         """Per step a function that multiplies its panels, onto a running sum if there is one."""
         form = self.form
-        names = (*(form.letters[i] for i in form.operands), form.letters[form.result])
+        da, db, out = form.names
         left, right = (self.panels(i, x) for i, x in zip(form.operands, given, strict=True))
         wide = form.wide if form.axes[form.result] is not None else None
 
         def multiply(onto: Shards | None) -> Shards:
             a, b = next(left), next(right)
-            self.size = sizes(a[0], b[0], *names[:2])
-            pairs = [lowered(x, y, *names) for x, y in zip(a, b, strict=True)]
+            self.size = sizes(a[0], b[0], da, db)
+            pairs = [lowered(x, y, da, db, out) for x, y in zip(a, b, strict=True)]
             if onto is None:
                 return [(x @ y).to(wide) if wide else x @ y for x, y in pairs]
             for total, (x, y) in zip(onto, pairs, strict=True):
@@ -143,9 +149,7 @@ class _Run:
 
     def raised(self, products: Shards) -> list[Tensor]:
         """Products with the result's own dims."""
-        names = (*(self.form.letters[i] for i in self.form.operands),
-                 self.form.letters[self.form.result])  # fmt: skip
-        return [raised(x, *names, self.size) for x in products]
+        return [raised(x, *self.form.names, self.size) for x in products]
 
     def summed(self, given: Sequence[Shards]) -> list[Tensor]:
         """A result that stays and lacks the factor."""

@@ -44,3 +44,5 @@ from .trust import lamb as lamb
 from .trust import lars as lars
 from .trust import scale_by_lamb as scale_by_lamb
 from .trust import scale_by_lars as scale_by_lars
+from .zero import left_whole as left_whole
+from .zero import zero as zero

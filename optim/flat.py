@@ -53,7 +53,7 @@ def elementwise(
     parameter's.
     """
     likes, spec = optree.tree_flatten(params, none_is_leaf=True)
-    columns = [spec.flatten_up_to(each) for each in trees]
+    columns: list[list[Any]] = [spec.flatten_up_to(each) for each in trees]
     groups: dict[Any, list[int]] = {}
     for i, like in enumerate(likes):
         if columns[0][i] is None or like is None:
@@ -120,7 +120,7 @@ class Active:
 
     def __init__(self, params: Any, grads: Any) -> None:
         likes, self._spec = optree.tree_flatten(params, none_is_leaf=True)
-        given = self._spec.flatten_up_to(grads)
+        given: list[Any] = self._spec.flatten_up_to(grads)
         self._at = [
             i
             for i, (p, g) in enumerate(zip(likes, given, strict=True))

@@ -101,6 +101,13 @@ def sgd(lr: Schedule, *, momentum: float = 0.0, nesterov: bool = False) -> Trans
         return run(kernel, grads, state, params, [], ())
 
     def whole(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
-        return run(fused, grads, state, params, [params], (1, 2) if donate else ())
+        return run(
+            fused,
+            grads,
+            state,
+            params,
+            [params],
+            tuple(range(1, 3 if moving else 2)) if donate else (),
+        )
 
     return Transform("sgd", init, update, fused=whole)

@@ -163,7 +163,9 @@ def global_norm(grads: Any) -> ShardedTensor:
     dtype = max(dtypes, key=lambda d: d.itemsize)
 
     def squared(shards: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm([s.to(wide(s.dtype)) for s in shards])
+        norms = torch._foreach_norm(  # pyright: ignore
+            [s.to(wide(s.dtype)) for s in shards]
+        )
         stack = torch.stack([n.to(dtype) for n in norms])
         return (stack * stack).sum()
 

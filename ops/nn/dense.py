@@ -66,6 +66,8 @@ def _dense(
         raise TypeError("dense: a tuple of inputs needs a tuple of x")
     if not isinstance(w, tuple | list):
         static = _static(x, w, inputs)
+        if method == "direct" and b is None:
+            return EINSUM((x, w), static, out, over)
         free = b is None
         product = multiply(EINSUM, (x, w), static, out, over, method=method, scatter=free)
         return _finished(product, b, out)

@@ -18,6 +18,7 @@ import shardwise as sw
 from shardwise.checkpoint import CheckpointError, manifest, parse
 
 HUGE = 2**62
+BY_CONTENT = ("another type|header", "header", "sha256")  # seen only once files are read
 
 
 def body_of(root: Path) -> dict[str, Any]:
@@ -26,13 +27,12 @@ def body_of(root: Path) -> dict[str, Any]:
     return found
 
 
-def refuse(root: Path, text: bytes, match: str = "") -> CheckpointError:
+def refuse(root: Path, text: bytes, match: str) -> CheckpointError:
     (root / "step-00000001" / "manifest.json").write_bytes(text)
-    for act in (
-        lambda: sw.checkpoint.restore(root, state(0)),
-        lambda: sw.checkpoint.inspect(root, 1),
-        lambda: sw.checkpoint.verify(root, 1),
-    ):
+    acts = [lambda: sw.checkpoint.restore(root, state(0)), lambda: sw.checkpoint.verify(root, 1)]
+    if match not in BY_CONTENT:
+        acts.append(lambda: sw.checkpoint.inspect(root, 1))
+    for act in acts:
         with pytest.raises(CheckpointError, match=match) as caught:
             act()
     assert "manifest.json" in str(caught.value) or "shard-" in str(caught.value)
@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "two blocks in one file": (_w("blocks", 1, 0, to=0), "two blocks in one file"),
     "blocks in each other's files": (
         _both(_w("blocks", 0, 0, to=1), _w("blocks", 1, 0, to=0)),
-        "header|sha256|length",
+        "header",
     ),
     "no blocks": (_w("blocks", to=[]), "gap"),
     "a block with a tail": (_w("blocks", 0, to=[0, [0, 0], [2, 2], "0" * 64, 5]), "list of 4"),
@@ -170,8 +170,8 @@ TEXTS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: _seal("{" + ",".join(f'"{i}":1' for i in range(10**6 + 1)) + "}"),
         "too many members",
     ),
-    "half a million keys": (
-        lambda: _seal("{" + ",".join(f'"{i}":1' for i in range(500_000)) + "}"),
+    "a hundred thousand keys": (
+        lambda: _seal("{" + ",".join(f'"{i}":1' for i in range(100_000)) + "}"),
         "not a checkpoint",
     ),
     "a list": (lambda: b'["sha256"]\n', "does not end in its hash"),
@@ -214,7 +214,7 @@ def test_nothing_is_allocated_for_a_tensor_that_its_files_cannot_hold(root: Path
     body = body_of(root)
     body["tensors"]["w"]["shape"] = [10**9, 10**6]
     tracemalloc.start()
-    refuse(root, manifest.seal(body))
+    refuse(root, manifest.seal(body), "gap")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**22
@@ -239,7 +239,7 @@ def test_mutated_manifests_are_refused_or_load_what_was_saved(root: Path) -> Non
     body = body_of(root)
     path = root / "step-00000001" / "manifest.json"
     saved, refusals = state(1), 0
-    for _ in range(600):
+    for _ in range(300):
         path.write_bytes(manifest.seal(_mutated(body, rng)))
         try:
             loaded = sw.checkpoint.restore(root, {"w": saved["w"], "b": saved["b"]})
@@ -247,7 +247,7 @@ def test_mutated_manifests_are_refused_or_load_what_was_saved(root: Path) -> Non
             refusals += 1
             continue
         assert same(loaded, {"w": saved["w"], "b": saved["b"]})
-    assert refusals > 300
+    assert refusals > 150
 
 
 def test_random_bytes_are_refused(root: Path) -> None:

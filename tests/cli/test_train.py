@@ -14,7 +14,9 @@ import torch
 from processes import launch
 from rich.console import Console
 
-from shardwise.cli import build
+import shardwise as sw
+from shardwise import models, strategies
+from shardwise.cli import build, text
 from shardwise.cli.config import read_config
 from shardwise.cli.main import main
 from shardwise.cli.train import Curve, train
@@ -174,3 +176,49 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
     shown = capsys.readouterr()
     assert words in shown.err
     assert "step" not in shown.out
+
+
+def test_a_named_size_with_padding_and_rows_of_the_file(tmp_path: Path) -> None:
+    """SmolLM2's 3 key-value heads on 4 devices, made small; one row of the preset replaced."""
+    file = written(
+        tmp_path,
+        "one",
+        **{
+            "data = 1\ntensor = 1": "tensor = 4",
+            '"data", "tensor_1d"': '"sequence_parallel"',
+            'family = "gpt2"': 'family = "llama"\npreset = "smollm2-135m"\npad.kv_heads = 4',
+            "layer = 2": "layer = 1",
+            "embed = 32": "embed = 36\nffn = 64\nhead_dim = 4",
+            "\nheads = 4\n": "\n",
+            "dropout = 0.0": "",
+            "[data]": '[strategy.rest]\nfinal_norm = "embed/tensor"\n[data]',
+        },
+    )
+    found, shown = curve(str(file), "run.steps=3")
+    assert re.search(r"blocks\.w_k +\[1 36 4/tensor 4\]", shown)
+    assert re.search(r"blocks\.w_q +\[1 36 12/tensor 4\]", shown)
+    assert re.search(r"final_norm +\[36/tensor\] +embed \{R:tensor\}", shown)
+    assert found.losses[-1] < found.losses[0]
+
+
+def test_a_model_is_loaded_from_a_hugging_face_folder(tmp_path: Path) -> None:
+    config = models.GPT2Config(layer=2, embed=32, heads=4, vocab=256, position=32)
+    model = models.gpt2(config, strategies.data())
+    params = model.init(sw.random.key(7), sw.make_mesh({"data": 1}, transport="simulated"))
+    models.save(tmp_path / "model", model, params)
+    changes = {
+        'family = "gpt2"': f'load = "{tmp_path / "model"}"',
+        "layer = 2\n": "",
+        "embed = 32\n": "",
+        "heads = 4\n": "",
+        "dropout = 0.0\n": "",
+    }
+    losses = {
+        mesh: curve(str(written(tmp_path, mesh, **changes)), "run.steps=2")[0].losses
+        for mesh in ("one", "2 x 2")
+    }
+    assert losses["one"] == pytest.approx(losses["2 x 2"], abs=1e-5)
+    data = text.encode(text.split_text((tmp_path / "play.md").read_bytes(), 0.9)[0])
+    batch = text.batches(data, seq=32, batch=8, seed=0, step=0)
+    first = model.loss(params, sw.shard(batch, params["embed"].mesh, "batch seq"))
+    assert losses["one"][0] == pytest.approx(sw.reshard(first, "").item(), abs=1e-6)

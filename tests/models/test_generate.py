@@ -72,7 +72,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Find:
         if name not in made:
             cls, config, arguments = REFERENCES[name]
             settings = getattr(transformers, config)(**arguments, **TOKENS)
-            module = redraw(getattr(transformers, cls)(settings).to(F64))
+            module = redraw(getattr(transformers, cls)(settings).to(F64), std=0.7)
+            for where, bias in module.named_parameters():
+                if where.endswith(("ln_f.bias", "decoder.final_layer_norm.bias")):
+                    bias.data *= 0.05  # else it alone decides each token
             path = tmp_path_factory.mktemp("hf") / name
             module.save_pretrained(path)
             made[name] = module, path
@@ -241,7 +244,7 @@ def test_the_distribution_of_draws(options: dict[str, Any], kept: int) -> None:
     assert chi_square(drawn, expected) < 18.5  # 1 in 1000 for 4 degrees of freedom
     # one row, many keys, as in the steps of one answer
     row = sw.shard(padded[:1], sw.make_mesh({"tensor": 2}), "batch vocab/tensor")
-    keys = sw.random.split(sw.random.key(4), 1000)
+    keys = sw.random.split(sw.random.key(4), 300)
     drawn = torch.cat([choose(row, k, 5, temperature, **options).full_tensor() for k in keys])
     assert chi_square(drawn, expected) < 18.5
 
@@ -306,7 +309,7 @@ def test_what_cannot_be_generated_is_refused(folders: Find) -> None:
     with pytest.raises(ValueError, match="must be"):
         models.generate(model, params, tokens[0], max_new_tokens=2)
     cut = models.gpt2(model.config, strategies.sequence_parallel().replace(precision=DOUBLE))
-    with pytest.raises(ValueError, match="cuts the sequence.*tensor_1d"):
+    with pytest.raises(ValueError, match=r"cuts the sequence.*tensor_1d"):
         models.generate(cut, params, tokens, max_new_tokens=2)
     encoder = models.bert(
         models.BERTConfig(layer=1, embed=8, heads=2, vocab=16, position=4), strategies.data()

@@ -314,7 +314,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         return {**held, "model.layers.3.extra": torch.ones(2, 3)}
 
     respelled(path, spoil)
-    with pytest.raises(ValueError, match="does not fit its config.json") as caught:
+    with pytest.raises(ValueError, match="does not fit its config") as caught:
         models.load(path, sw.make_mesh({"data": 1}), strategies.data())
     assert str(caught.value).splitlines()[1:] == [
         "  missing     model.layers.1.mlp.up_proj.weight [32, 16]",
@@ -473,15 +473,15 @@ def load_and_save(path: str, out: str) -> dict[str, Any]:
 
 @pytest.mark.processes
 def test_each_process_holds_its_own_part_and_one_writes(tmp_path: Path) -> None:
-    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    wide = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
     path = written(reference("llama", **wide, vocab_size=512), tmp_path / "in")
     total = sum(v.numel() for v in tensors(path).values())
-    assert total * 4 > 90e6
+    assert total * 4 > 25e6
     ended = launch(load_and_save, 2, str(path), str(tmp_path / "out"))
     for process in ended:
         value = process.value
         assert value["read"] == value["held"] <= total // 2 + total // 50
-        assert value["peak"] < total * 4 * 0.6  # its half, a slice, and change
+        assert value["peak"] < total * 4 * 0.65  # its half, a slice, and change
     same_bits(tensors(tmp_path / "out"), tensors(path))
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

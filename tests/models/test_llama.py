@@ -129,29 +129,34 @@ HEADS = {  # 9 heads in groups of 3, as SmolLM2 has: axes of 2 and 4 divide neit
     "padded groups": ({"kv_heads": 4}, "cut"),
     "padded heads beyond padded groups": ({"kv_heads": 4, "heads": 16}, "replicate"),
 }
+UNDER: dict[str, tuple[dict[str, int], parity.Maker]] = {
+    "tensor_1d of 2": ({"tensor": 2}, strategies.tensor_1d),
+    "tensor_1d of 4": ({"tensor": 4}, strategies.tensor_1d),
+    **{name: parity.SHARDED[name] for name in ("tensor_2d, streamed", "tensor_3d")},
+    **{name: parity.SHARDED[name] for name in ("tensor_2p5d", "fsdp * tensor_1d")},
+}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("under", UNDER)
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_that_do_not_divide_are_padded(name: str, size: int) -> None:
+def test_heads_that_do_not_divide_are_padded(name: str, under: str) -> None:
     pad, kv = HEADS[name]
+    axes, make = UNDER[under]
     config = models.LlamaConfig(
-        layer=2, embed=12, heads=9, kv_heads=3, head_dim=4, ffn=10, vocab=23, position=12,
+        layer=2, embed=16, heads=9, kv_heads=3, head_dim=4, ffn=10, vocab=23, position=12,
         qkv_bias=True,
     )  # fmt: skip
-    batch = {k: v.clamp(max=22) for k, v in tiny.padded_batch(4).items()}
+    batch = {k: v.clamp(max=22) for k, v in tiny.padded_batch(8).items()}
     plain = models.llama(config, parity.double(strategies.data()))
     params = tiny.drawn(plain)
-    wanted = parity.run_ours(plain, sw.make_mesh({"data": 1}), params, batch, mask=batch["mask"])
-    state = parity.to_state(params, plain)
+    one = sw.make_mesh({"data": 1})
+    wanted = parity.run_ours(plain, one, params, batch, mask=batch["mask"])
 
-    strategy: Any = parity.double(strategies.tensor_1d(kv=kv))  # pyright: ignore
     padded = replace(config, pad={**pad, "ffn": 4, "vocab": 4})
-    model = models.llama(padded, strategy)
-    mesh = sw.make_mesh({"tensor": size})
-    ours = parity.run_ours(model, mesh, parity.to_params(state, model), batch, mask=batch["mask"])
-    cut = ours._replace(output=ours.output[..., :23])
-    parity.check(cut, wanted, 1e-10)
+    model = models.llama(padded, parity.double(make(kv=kv)))
+    laid = parity.to_params(parity.to_state(params, plain), model)
+    ours = parity.run_ours(model, sw.make_mesh(axes), laid, batch, mask=batch["mask"])
+    parity.check(ours, wanted, 1e-10)
 
 
 def test_given_positions_decide_what_is_seen() -> None:

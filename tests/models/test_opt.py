@@ -8,6 +8,7 @@ from typing import Any
 import parity
 import pytest
 import torch
+from tiny import TINY, drawn, padded_batch
 from torch import Tensor
 
 import shardwise as sw
@@ -115,6 +116,23 @@ def test_left_padding_shifts_nothing() -> None:
 @pytest.mark.parametrize("family", ["opt", "opt post"])
 def test_strategies_change_no_result(family: str, name: str) -> None:
     parity.check_sharded(family, name)
+
+
+def test_dropout_is_equal_on_every_mesh() -> None:
+    config = replace(TINY["opt"]().config, dropout=0.3)
+    found = []
+    for name in ("data", "tensor_3d"):
+        axes, make = parity.SHARDED[name]
+        model = models.opt(config, parity.double(make()))
+        mesh, batch = sw.make_mesh(axes), padded_batch(12)
+        layouts = model.strategy.layouts(model.declaration, config, mesh)
+        params = sw.shard(drawn(model), mesh, layouts)
+        given = {k: parity.place(v, mesh, model.strategy) for k, v in batch.items()}
+        for key in (sw.random.key(5), None):
+            found.append(model.loss(params, given, key=key).full_tensor().item())
+    assert abs(found[0] - found[2]) < 1e-10
+    assert abs(found[1] - found[3]) < 1e-10
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 COUNTS = {"opt-125m": 125_239_296, "opt-350m": 331_196_416}

@@ -27,6 +27,8 @@ CASES: dict[str, tuple[dict[str, int], str, str, str]] = {
     "square": (SQUARE, "b/row s d/col", "d/row f/col", "b/row s f/col"),
     "columns first": ({"col": 2, "row": 2}, "b/row s d/col", "d/row f/col", "b/row s f/col"),
     "square, transposed": (SQUARE, "b/row s d/col", "d/row f/col", "b s/row f/col"),
+    "square, weight transposed": (SQUARE, "b/row s d/col", "d/col f/row", "b/row s f/col"),
+    "square, rows contracted": (SQUARE, "b/col s d/row", "d/row f/col", "b/row s f/col"),
     "square in depth": (
         {"depth": 2, **SQUARE}, "b/depth/row s d/col", "d/row f/col {R:depth}",
         "b/depth/row s f/col",
@@ -85,6 +87,10 @@ ROWS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
         [("broadcast", "col", 2), ("broadcast", "row", 2)],
         [("broadcast", "col", 2), ("broadcast", "row", 2), ("reduce", "col", 2),
          ("reduce", "row", 2)],
+    ),
+    ("streamed", "square, weight transposed"): (
+        [("broadcast", "row", 2), ("reduce", "col", 2)],
+        [("broadcast", "col", 4), ("broadcast", "row", 2), ("reduce", "row", 2)],
     ),
     ("streamed", "not a square"): (
         [("all_gather", "col", 1), ("all_gather", "row", 1)],
@@ -320,5 +326,8 @@ def test_what_does_not_qualify_runs_direct() -> None:
         close(ops.einsum("m k -> m", x, method=method), a.sum(1))
         z = ops.einsum("m k, j n -> m n", x, y, out="m n/t", method=method)
         close(z, torch.einsum("mk,jn->mn", a, b))
+        counts = sw.shard(torch.arange(24).reshape(4, 6), on, "m/t k")
+        z = ops.einsum("m k, n k -> m n", counts, counts, out="m n/t", method=method)
+        assert torch.equal(z.full_tensor(), counts.full_tensor() @ counts.full_tensor().T)
     with pytest.raises(ValueError, match="einsum: unknown method 'summa'"):
         ops.einsum("m k, k n -> m n", x, y, method="summa")  # pyright: ignore

@@ -59,13 +59,15 @@ def test_steps_on_any_layout_equal_one_device(name: str, layout: str) -> None:
     params, grads, whole, state = case(name)
     ours, ours_state = run(OPTIMIZERS[name], params, grads, layout)
     close(ours, whole, 1e-11 if "galore" in name else 1e-12)
-    for (path, a), (other, b) in zip(
-        sw.tree.items(ours_state), sw.tree.items(state), strict=True
-    ):
+    for (path, a), (other, b) in zip(sw.tree.items(ours_state), sw.tree.items(state), strict=True):
         assert path == other
         if a is not None:
             torch.testing.assert_close(
-                a.full_tensor(), b.full_tensor(), rtol=1e-10, atol=1e-10, msg=lambda m: f"{path}: {m}"
+                a.full_tensor(),
+                b.full_tensor(),
+                rtol=1e-10,
+                atol=1e-10,
+                msg=lambda m: f"{path}: {m}",
             )
 
 
@@ -107,7 +109,10 @@ def test_frozen_leaves_and_their_state_stay(name: str) -> None:
     g = sw.shard(grads[0], mesh, place) | {"w": None}
     new, after = opt.step(g, state, sharded)
     assert torch.equal(new["w"].full_tensor(), params["w"])
-    assert not torch.equal(new["stack"].full_tensor(), params["stack"]) or name in ("masked", "adamw")
+    assert not torch.equal(new["stack"].full_tensor(), params["stack"]) or name in (
+        "masked",
+        "adamw",
+    )
     for (path, a), (_, b) in zip(sw.tree.items(after), sw.tree.items(state), strict=True):
         if path.endswith(".w") and isinstance(b, sw.ShardedTensor):
             assert torch.equal(a.full_tensor(), b.full_tensor()), path
@@ -124,7 +129,9 @@ def test_a_step_writes_nothing_unless_donated_and_is_layout_stable(name: str) ->
     held = [x for x in sw.tree.leaves([sharded, state, g]) if isinstance(x, sw.ShardedTensor)]
     before = [s.clone() for x in held for s in x.shards]
     new, after = opt.step(g, state, sharded)
-    assert all(torch.equal(a, s) for a, s in zip(before, (s for x in held for s in x.shards), strict=True))
+    assert all(
+        torch.equal(a, s) for a, s in zip(before, (s for x in held for s in x.shards), strict=True)
+    )
     sw.check_stable(lambda p, s: opt.step(p, s, p), sharded, state)
     alone = sw.tree.map(lambda p: p * 1, sharded)  # every replica with memory of its own
     given, donated = opt.step(g, opt.init(alone), alone, donate=True)

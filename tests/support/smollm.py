@@ -41,7 +41,7 @@ class Stored(NamedTuple):
     offset: int
 
 
-_NUMBERS = {
+_CODES = {
     0: "B",
     1: "b",
     2: "H",

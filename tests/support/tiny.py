@@ -106,10 +106,10 @@ def _llama3() -> Tiny:
 
 
 def _qwen() -> Tiny:
-    """Every bias, and normed queries and keys."""
+    """Every bias, normed queries and keys, and a window."""
     config = models.LlamaConfig(
         layer=2, embed=36, heads=24, kv_heads=12, head_dim=4, ffn=36, vocab=VOCAB, position=SEQ,
-        qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True,
+        qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True, window=5,
     )  # fmt: skip
     return Tiny(config, models.llama, text_batch)
 

@@ -294,5 +294,5 @@ def test_broadcast_and_reduce_are_adjoint_and_recorded(n):
     ]  # fmt: skip
     mapped = sw.vmap(f, in_dims=0)(
         sw.shard(torch.stack([x.full_tensor(), randn(6, 6, seed=3)]), grid, "v _/a _")
-    )  # noqa: E501
+    )
     close(mapped.full_tensor()[0], f(x).full_tensor())

@@ -159,7 +159,7 @@ def arranged(
         at = ends[-1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     slots = tuple(
         Slot(path, entry, block, 8 + len(text) + a, b - a)
         for (path, entry, block), a, b in zip(ordered, starts, ends, strict=True)

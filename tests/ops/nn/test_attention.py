@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -252,36 +253,75 @@ def test_no_boolean_mask_reaches_the_kernel():
     assert not y.full_tensor()[:, :2].any()
 
 
-def test_every_layout_of_one_axis():
-    """Batch and heads run, as do whole kv heads; what is cut elsewhere is a choice."""
+def grouped(q, k, v):
+    """Torch's own on [batch seq heads head_dim], 12 padded heads in groups of 4 on 2 kv heads."""
+    of = (torch.arange(q.shape[2]) // 4).clamp(max=k.shape[2] - 1)
+    args = (x.transpose(1, 2) for x in (q, k[:, :, of], v[:, :, of]))
+    return F.scaled_dot_product_attention(*args, is_causal=True).transpose(1, 2)
 
-    def op(q, k, v):
-        return nn.attention(q, k, v, causal=True)
 
-    def plain(q, k, v):
-        args = (x.transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(*args, is_causal=True, enable_gqa=True)
-        return y.transpose(1, 2)
+def dim_cut(layout: str) -> int | None:
+    return next((d for d, text in enumerate(layout.split()) if "/" in text), None)
 
-    found = report(op, [(6, 6, 12, 6), (6, 6, 6, 6), (6, 6, 6, 6)], reference=plain, samples=120)
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_every_layout_of_one_axis(group):
+    """Batch and heads of q run beside whole kv heads; what needs a dim whole is a choice."""
+
+    def op(q, k):
+        return nn.attention(q, k, k, causal=True, group=group)
+
+    def plain(q, k):
+        return grouped(q, k, k) if group else truth(q, k, k, seen=LOWER)
+
+    found = report(op, [(6, 6, 12, 6), (6, 6, 2, 6)], reference=plain)
     assert not found.wrong, found.wrong[:3]
-    two = report(
-        op, [(6, 6, 12, 6), (6, 6, 2, 6), (6, 6, 2, 6)], reference=plain, axes=2, samples=60
-    )
-    assert not two.wrong, two.wrong[:3]
+    batch, heads = 0, 2
+    for _, q, k in found.choice:
+        cut = (dim_cut(q), dim_cut(k))
+        uneven = group and cut == (heads, heads)  # groups do not end where blocks do
+        assert set(cut) - {batch, heads, None} or set(cut) == {batch, heads} or uneven, (q, k)
+    for _, q, k in found.right:
+        cut = (dim_cut(q), dim_cut(k))
+        assert set(cut) <= {batch, heads, None}, (q, k)
+        assert group or set(cut) != {batch, heads}, (q, k)  # uneven groups look k up: a sum
 
-    def runs(q, k):
-        return any(key[1:3] == (q, k) and key[3] == k for key in found.right)
 
-    every = report(
-        lambda q, k: op(q, k, k),
-        [(6, 6, 12, 6), (6, 6, 2, 6)],
-        reference=lambda q, k: plain(q, k, k),
-    )
-    assert not every.wrong, every.wrong[:3]
-    free = {"_ _ _ _", "_ _ _ _ {R:a}", "_ _ _ _ {U:a}"}
-    right = {key[1:] for key in every.right}
-    assert {(q, k) for q in free | {"_/a _ _ _", "_ _ _/a _"} for k in free} <= right
+def drawn(draw, axes, dims):
+    """A layout of [batch seq heads head_dim] with these axes on batch or heads, else any state."""
+    texts, states = ["b", "s", "h", "d"], {"R": [], "U": []}
+    for axis in axes:
+        if axis in dims and draw.random() < 0.8:
+            texts[dims[axis]] += f"/{axis}"
+        elif (state := draw.choice("IRU")) != "I":
+            states[state].append(axis)
+    owed = " ".join(f"{k}:{','.join(v)}" for k, v in states.items() if v)
+    return " ".join(texts) + (f" {{{owed}}}" if owed else "")
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("sizes", [{"a": 2, "b": 3}, {"a": 2, "b": 1, "c": 2}])
+def test_random_layouts_on_more_axes(sizes, group):
+    """Axes on q's batch and heads, on k's and v's batch only; unreduced and reduced in between."""
+    on = mesh(**sizes)
+    for seed in range(12):
+        draw = random.Random(seed)
+        # one axis on the batch: the order of several must agree between operands
+        order = draw.sample(list(on.axes), len(on.axes))
+        dims = {a: 2 if n else 0 for n, a in enumerate(order) if draw.random() < 0.8}
+        rows = {a: d for a, d in dims.items() if d == 0}
+        made = [values(12, S, 12, K), *(values(12, S, 2, K, seed=n) for n in (1, 2))]
+        layouts = [drawn(draw, on.axes, at) for at in (dims, rows, rows)]
+        xs = [placed(v, on, to, seed) for v, to in zip(made, layouts, strict=True)]
+        cotangent = values(12, S, 12, K, seed=3)
+        y, grads, _ = pulled(
+            lambda q, k, v: nn.attention(q, k, v, causal=True, group=group), xs, cotangent
+        )
+        leaves = [v.requires_grad_() for v in made]
+        want = grouped(*leaves) if group else truth(*leaves, seen=LOWER)
+        close(y, want, str(layouts))
+        for g, w in zip(grads, torch.autograd.grad(want, leaves, cotangent), strict=True):
+            close(g, w, str(layouts))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 12, 14, 20])
