@@ -24,7 +24,7 @@ def forward_launch(size: int) -> Launch:
     """How the forward is launched for rows of `size` elements: 32 elements a thread."""
     block = power_of_two(size)
     rows = max(1, 2048 // block)
-    return Launch(block, warps=min(16, max(1, rows * block // 1024)), rows=rows)
+    return Launch(block, warps=min(8, max(1, rows * block // 1024)), rows=rows)
 
 
 def backward_launch(size: int) -> Launch:
@@ -32,7 +32,9 @@ def backward_launch(size: int) -> Launch:
     block = power_of_two(size)
     rows = max(1, 2048 // block)
     warps = min(16, max(1, rows * block // 512))
-    return Launch(block, warps, rows, stages=2 if block <= 8192 else 1, programs=max(1, 16 // warps))
+    return Launch(
+        block, warps, rows, stages=2 if block <= 8192 else 1, programs=max(1, 16 // warps)
+    )
 
 
 @triton.jit
@@ -42,7 +44,6 @@ def norm_forward(
     CENTRED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK)[None, :]
-    w = tl.load(weight + col, mask=col < SIZE, other=0.0).to(tl.float32)
     for first in tl.range(
         tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES
     ):
@@ -61,6 +62,7 @@ def norm_forward(
             tl.store(mean + row, m, mask=row < rows)
         r = 1.0 / tl.sqrt(tl.sum(v * v, axis=1, keep_dims=True) / SIZE + eps)
         tl.store(rstd + row, r, mask=row < rows)
+        w = tl.load(weight + col, mask=col < SIZE, other=0.0).to(tl.float32)
         result = v * r * w
         if BIAS:
             result += tl.load(bias + col, mask=col < SIZE, other=0.0).to(tl.float32)
@@ -108,9 +110,7 @@ def norm_backward(
 
 
 @triton.jit
-def sum_parts(
-    parts, result, count, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+def sum_parts(parts, result, count, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, count, ROWS):

@@ -378,7 +378,10 @@ class DistributedTransport:
     def broadcast(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
         (x,) = shards
         group = self._enter("broadcast", x, axes, f"root={root}")
-        out = x.clone(memory_format=torch.contiguous_format)
+        if group is None or group.position == root:
+            out = x.clone(memory_format=torch.contiguous_format)
+        else:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
         if group is not None:
             options = dist.BroadcastOptions()
             options.rootRank = group.order[root]

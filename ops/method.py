@@ -9,7 +9,8 @@ The planner decides as for any op; its decision is then read as a `Form` (`ops/p
     ring       one move; of several the largest, the others are conversions
 
 Whatever does not fit runs direct: three operands, integers, axes of different size, a letter that
-only one tensor has, a sum that a bias must join before it is scattered. Types, values and gradients are the same under every method.
+only one tensor has, a sum that a bias must join before it is scattered. Types, values and gradients
+are the same under every method.
 """
 
 from __future__ import annotations

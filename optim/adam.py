@@ -22,7 +22,7 @@ def moments(s: Any, g: Many, mu: Many, nu: Many) -> tuple[Many, Many]:
 
 def corrections(s: Any) -> tuple[Any, Any]:
     """What the means must be divided by, since they started at zero; s.step counts from 0."""
-    count = s.step + 1 if isinstance(s.step, int) else s.step.to(torch.float64) + 1
+    count = s.step + 1
     return 1 - s.b1**count, 1 - s.b2**count
 
 

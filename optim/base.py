@@ -127,8 +127,13 @@ def chain(*transforms: Transform) -> Transform:
         params, after[last.name] = last.step(grads, state[last.name], params, donate=donate)
         return params, after
 
-    needs = max((t.needs for t in transforms), key=ORDER.index, default="elementwise")
+    needs = hardest(*transforms)
     return Transform(", ".join(names), init, update, needs, transforms[0].grads, fused)
+
+
+def hardest(*transforms: Transform) -> Needs:
+    """What several transforms together need of a tensor."""
+    return ORDER[max((ORDER.index(t.needs) for t in transforms), default=0)]
 
 
 def named(t: Transform, name: str) -> Transform:

@@ -7,9 +7,9 @@ tensor in it. Packing and unpacking is one `torch._foreach_copy_` each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch import Tensor
 from ..layouts.convert import convert
 from ..layouts.layout import Layout, make
 from ..layouts.reshard import reshard_one
-from ..layouts.sharded import ShardedTensor, make_type
+from ..layouts.sharded import ShardedTensor, Type, make_type
 from ..meshlib.mesh import Mesh
 
 SIZE = 64 * 2**20  # bytes of a bucket's whole side; a tensor as large as that goes alone
+_copy: Any = torch._foreach_copy_  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,21 @@ class Cut:
         return bucket.unflatten(1, block).movedim(0, self.dim)
 
 
-def find_cut(whole: Layout, cut: Layout, mesh: Mesh) -> Cut | None:
-    """The cut between two layouts, None where they differ by more than one dim's last axes."""
+def find_cut(whole: Layout, cut: Layout, mesh: Mesh, state: str) -> Cut | None:
+    """The cut between two layouts: the last axes of one dim, whole in `state`.
+
+    None where the layouts differ in any other way.
+    """
     changed = [a for a in mesh.axes if whole.state(a) != cut.state(a)]
     dims = {cut.state(a) for a in changed}
     dim = next(iter(dims), None)
-    if len(dims) != 1 or not isinstance(dim, int) or len({whole.state(a) for a in changed}) != 1:
+    if len(dims) != 1 or not isinstance(dim, int) or {whole.state(a) for a in changed} != {state}:
         return None
-    axes = cut.dims[dim][len(whole.dims[dim]) :]
-    is_behind = whole.dims[dim] == cut.dims[dim][: len(whole.dims[dim])]
-    if not is_behind or set(axes) != set(changed) or whole.memory != cut.memory:
+    kept = len(whole.dims[dim])
+    axes = cut.dims[dim][kept:]
+    if whole.dims[dim] != cut.dims[dim][:kept] or set(axes) != set(changed):
+        return None
+    if whole.memory != "device" or cut.memory != "device":
         return None
     return Cut(axes, dim, mesh.group_size(axes))
 
@@ -71,38 +77,14 @@ def reduce_scattered(xs: Sequence[ShardedTensor], to: Sequence[Layout]) -> list[
     >>> plan.count(), plan.elements()
     (1, 3)
     """
-    ways = [find_cut(x.layout, t, x.mesh) for x, t in zip(xs, to, strict=True)]
-    ways = [
-        None if way is None or x.layout.state(way.axes[0]) != "unreduced" else way
-        for x, way in zip(xs, ways, strict=True)
-    ]
+    ways = [find_cut(x.layout, t, x.mesh, "unreduced") for x, t in zip(xs, to, strict=True)]
     out = list(xs)
-    for members in _buckets(xs, ways, 1):
-        way = _way(ways[members[0]])
-        if len(members) == 1:
-            out[members[0]] = reshard_one(xs[members[0]], to[members[0]])
-            continue
-        sizes = [xs[i].local_shape.numel() // way.n for i in members]
-        shards = []
-        for k in range(len(xs[members[0]]._shards)):
-            flat = xs[members[0]]._shards[k].new_empty((way.n, sum(sizes)))
-            columns = zip(members, flat.split(sizes, 1), strict=True)
-            into = [_way(ways[i]).rows(part, xs[i].local_shape) for i, part in columns]
-            torch._foreach_copy_(into, [_way(ways[i]).blocks(xs[i]._shards[k]) for i in members])
-            shards.append(flat)
-        done = convert(_joined(shards, xs[members[0]], way, "unreduced"), way.axes, 0)
+    for members in _buckets(xs, [w and (w.axes, 1) for w in ways]):
         kinds = [xs[i]._type.with_layout(to[i], False) for i in members]
-        made = []
-        for shard in done._shards:
-            blocks = [shard.new_empty(kind.local_shape) for kind in kinds]
-            torch._foreach_copy_([b.view(-1) for b in blocks], shard.view(-1).split(sizes))
-            made.append(blocks)
-        for i, kind, column in zip(members, kinds, zip(*made, strict=True), strict=True):
-            out[i] = ShardedTensor(column, kind)
-    return [
-        x if way is not None or x.layout is t else reshard_one(x, t)
-        for x, t, way in zip(out, to, ways, strict=True)
-    ]
+        done = _scattered([xs[i] for i in members], kinds, [_some(ways[i]) for i in members])
+        for i, x in zip(members, done, strict=True):
+            out[i] = x
+    return [reshard_one(x, t) for x, t in zip(out, to, strict=True)]
 
 
 def all_gathered(
@@ -115,7 +97,8 @@ def all_gathered(
     Args:
         xs: tensors, cut.
         to: their layouts after.
-        into: per tensor, one of that layout whose buffers take the result; None for new ones.
+        into: per tensor, one of that layout and dtype whose buffers take the result; None for new
+            ones.
 
     Cost: an all_gather per mesh, dtype, set of axes and `SIZE` bytes.
 
@@ -128,97 +111,140 @@ def all_gathered(
     >>> plan.count(), plan.elements()
     (1, 3)
     """
-    ways = [find_cut(t, x.layout, x.mesh) for x, t in zip(xs, to, strict=True)]
-    targets = [None] * len(xs) if into is None else into
+    ways = [find_cut(t, x.layout, x.mesh, "replicated") for x, t in zip(xs, to, strict=True)]
+    targets = list(into) if into is not None else [None] * len(xs)
     out = list(xs)
-    for members in _buckets(xs, ways, None):
-        way = _way(ways[members[0]])
-        sizes = [xs[i].local_shape.numel() for i in members]
-        shards = []
-        for k in range(len(xs[members[0]]._shards)):
-            flat = xs[members[0]]._shards[k].new_empty((1, sum(sizes)))
-            columns = zip(members, flat.view(-1).split(sizes), strict=True)
-            torch._foreach_copy_(
-                [part.view(xs[i].local_shape) for i, part in columns],
-                [xs[i]._shards[k] for i in members],
-            )
-            shards.append(flat)
-        done = convert(_joined(shards, xs[members[0]], way, "cut"), way.axes, "replicated")
+    for members in _buckets(xs, [w and (w.axes, w.n) for w in ways]):
         kinds = [xs[i]._type.with_layout(to[i], False) for i in members]
-        made: list[list[Tensor]] = [[] for _ in members]
-        seen: dict[int, list[Tensor]] = {}
-        for k, flat in enumerate(done._shards):
-            again = None if flat.is_meta else seen.get(flat.data_ptr())
-            wholes = []
-            for n, i in enumerate(members):
-                target = targets[i]
-                if target is not None:
-                    wholes.append(target._shards[k])
-                elif again is not None:
-                    wholes.append(again[n])
-                else:
-                    wholes.append(flat.new_empty(kinds[n].local_shape))
-            fresh = [n for n, i in enumerate(members) if again is None or targets[i] is not None]
-            columns = flat.split(sizes, 1)
-            if fresh:
-                torch._foreach_copy_(
-                    [_way(ways[members[n]]).blocks(wholes[n]) for n in fresh],
-                    [_way(ways[members[n]]).rows(columns[n], kinds[n].local_shape) for n in fresh],
-                )
-            if not flat.is_meta:
-                seen.setdefault(flat.data_ptr(), wholes)
-            for whole, column in zip(wholes, made, strict=True):
-                column.append(whole)
-        for i, kind, column in zip(members, kinds, made, strict=True):
-            out[i] = ShardedTensor(tuple(column), kind)
-    return [x if x.layout is t else reshard_one(x, t) for x, t in zip(out, to, strict=True)]
+        some = [xs[i] for i in members]
+        done = _gathered(
+            some, kinds, [_some(ways[i]) for i in members], [targets[i] for i in members]
+        )
+        for i, x in zip(members, done, strict=True):
+            out[i], targets[i] = x, None
+    for i, (x, t) in enumerate(zip(out, to, strict=True)):
+        out[i], target = reshard_one(x, t), targets[i]
+        if target is not None and out[i] is not x:
+            _copy(target._shards, out[i]._shards)
+            out[i] = ShardedTensor(target._shards, out[i]._type)
+    return out
 
 
 def copies(xs: Sequence[ShardedTensor]) -> list[ShardedTensor]:
     """The same tensors, each shard in memory of its own; one launch for all of them."""
     made = [[s.new_empty(s.shape) for s in x._shards] for x in xs]
     if made:
-        torch._foreach_copy_([s for each in made for s in each], [s for x in xs for s in x._shards])
+        _copy([s for each in made for s in each], [s for x in xs for s in x._shards])
     return [ShardedTensor(tuple(each), x._type) for each, x in zip(made, xs, strict=True)]
 
 
-def _way(way: Cut | None) -> Cut:
+def _scattered(
+    xs: Sequence[ShardedTensor], kinds: Sequence[Type], ways: Sequence[Cut]
+) -> list[ShardedTensor]:
+    """One bucket, reduce_scattered into these types."""
+    sizes = [kind.local_shape.numel() for kind in kinds]
+    packed = []
+    for shards in zip(*(x._shards for x in xs), strict=True):
+        bucket = shards[0].new_empty((ways[0].n, sum(sizes)))
+        _copy(
+            _views(bucket, sizes, xs, ways),
+            [w.blocks(s) for w, s in zip(ways, shards, strict=True)],
+        )
+        packed.append(bucket)
+    done = convert(_typed(packed, xs[0], ways[0], is_cut=False), ways[0].axes, 0)
+    made = []
+    for bucket in done._shards:
+        parts = [bucket.new_empty(kind.local_shape) for kind in kinds]
+        _copy([part.view(-1) for part in parts], bucket.view(-1).split(sizes))
+        made.append(parts)
+    return [
+        ShardedTensor(each, kind) for each, kind in zip(zip(*made, strict=True), kinds, strict=True)
+    ]
+
+
+def _gathered(
+    xs: Sequence[ShardedTensor],
+    kinds: Sequence[Type],
+    ways: Sequence[Cut],
+    targets: Sequence[ShardedTensor | None],
+) -> list[ShardedTensor]:
+    """One bucket, all_gathered into these types; devices that share a bucket share the results."""
+    sizes = [x.local_shape.numel() for x in xs]
+    packed = []
+    for shards in zip(*(x._shards for x in xs), strict=True):
+        bucket = shards[0].new_empty((1, sum(sizes)))
+        parts = zip(bucket.view(-1).split(sizes), xs, strict=True)
+        _copy([part.view(x.local_shape) for part, x in parts], shards)
+        packed.append(bucket)
+    done = convert(_typed(packed, xs[0], ways[0], is_cut=True), ways[0].axes, "replicated")
+    made: list[list[Tensor]] = []
+    known: dict[int, list[Tensor]] = {}
+    for k, bucket in enumerate(done._shards):
+        shared = None if bucket.is_meta else known.get(bucket.data_ptr())
+        wholes, fresh = [], []
+        for n, (kind, target) in enumerate(zip(kinds, targets, strict=True)):
+            if target is None and shared is not None:
+                wholes.append(shared[n])
+                continue
+            wholes.append(
+                bucket.new_empty(kind.local_shape) if target is None else target._shards[k]
+            )
+            fresh.append(n)
+        columns = _views(bucket, sizes, [kind for kind in kinds], ways)
+        if fresh:
+            _copy([ways[n].blocks(wholes[n]) for n in fresh], [columns[n] for n in fresh])
+        if shared is None and not bucket.is_meta:
+            known[bucket.data_ptr()] = wholes
+        made.append(wholes)
+    return [
+        ShardedTensor(each, kind) for each, kind in zip(zip(*made, strict=True), kinds, strict=True)
+    ]
+
+
+def _views(
+    bucket: Tensor, sizes: Sequence[int], likes: Sequence[Any], ways: Sequence[Cut]
+) -> list[Tensor]:
+    """The columns of a bucket, each seen as the blocks of its tensor."""
+    columns = zip(bucket.split(sizes, 1), likes, ways, strict=True)
+    return [way.rows(column, like.local_shape) for column, like, way in columns]
+
+
+def _some(way: Cut | None) -> Cut:
     assert way is not None
     return way
 
 
 def _buckets(
-    xs: Sequence[ShardedTensor], ways: Sequence[Cut | None], scale: int | None
-) -> Iterator[list[int]]:
-    """Indices of tensors that move together.
+    xs: Sequence[ShardedTensor], moves: Sequence[tuple[tuple[str, ...], int] | None]
+) -> list[list[int]]:
+    """Indices of tensors that move together: two or more, of at most `SIZE` bytes.
 
-    `scale` times the local bytes, or the group's size times them, is a tensor's whole side.
+    `moves` gives the axes, and how often the local bytes go into a bucket's whole side.
     """
     open_: dict[Any, tuple[list[int], int]] = {}
-    for i, (x, way) in enumerate(zip(xs, ways, strict=True)):
-        if way is None:
+    full: list[list[int]] = []
+    for i, (x, move) in enumerate(zip(xs, moves, strict=True)):
+        if move is None:
             continue
-        key = (x.mesh, way.axes, x.dtype, x._shards[0].device)
-        size = x.local_shape.numel() * x.dtype.itemsize * (scale or way.n)
+        axes, times = move
+        key = (x.mesh, axes, x.dtype, x._shards[0].device)
+        size = x.local_shape.numel() * x.dtype.itemsize * times
+        if size >= SIZE:
+            continue
         members, filled = open_.get(key, ([], 0))
-        if members and filled + size > SIZE:
-            yield members
+        if filled + size > SIZE:
+            full.append(members)
             members, filled = [], 0
         open_[key] = ([*members, i], filled + size)
-    for members, _ in open_.values():
-        yield members
+    return [some for some in (*full, *(m for m, _ in open_.values())) if len(some) > 1]
 
 
-def _joined(
-    shards: Sequence[Tensor], like: ShardedTensor, way: Cut, state: Literal["unreduced", "cut"]
+def _typed(
+    shards: Sequence[Tensor], like: ShardedTensor, way: Cut, *, is_cut: bool
 ) -> ShardedTensor:
-    """A bucket as a typed tensor [devices, values]; the other axes are taken to cut the values."""
+    """A bucket as a tensor [devices, values]; the other axes are taken to cut the values."""
     mesh = like.mesh
     others = tuple(a for a in mesh.axes if a not in way.axes)
-    layout = (
-        make(((), others), frozenset(way.axes))
-        if state == "unreduced"
-        else make((way.axes, others))
-    )
+    layout = make((way.axes, others)) if is_cut else make(((), others), frozenset(way.axes))
     shape = (way.n, shards[0].shape[1] * mesh.group_size(others))
     return ShardedTensor(tuple(shards), make_type(mesh, layout, shape, like.dtype, False))

@@ -79,10 +79,10 @@ def scale_by_came(
             momenta.append(m)
             strays.append(together(torch.sub, u, u, m))
         matrices = [i for i, u in enumerate(moves) if u.ndim > 1]
-        pairs = [[active.of(state[k])[i] for i in matrices] for k in STEADY]
+        r, c = ([active.of(state[k])[i] for i in matrices] for k in STEADY)
         steady, means = factored(
             [strays[i] for i in matrices],
-            Factors(*pairs, [None] * len(matrices)),
+            Factors(r, c, [None] * len(matrices)),
             [1 - at[i].b3 for i in matrices],
             lambda x: x * x + eps[1],
         )

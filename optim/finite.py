@@ -16,6 +16,7 @@ from ..layouts import tree
 from ..layouts.sharded import ShardedTensor, make_type
 from .base import Transform, scalar
 from .flat import Active, elementwise, local
+from .many import norms
 from .sums import counted
 
 
@@ -31,8 +32,8 @@ def all_finite(grads: Any) -> ShardedTensor:
     """
 
     def bad(shards: list[Tensor]) -> Tensor:
-        largest = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(shards, torch.inf)])
-        return (~torch.isfinite(largest)).sum().to(torch.float32)
+        largest = norms(shards, torch.inf)
+        return (~torch.isfinite(torch.stack([n.to(torch.float64) for n in largest]))).sum().float()
 
     return counted(grads, bad, torch.float32) == 0
 
@@ -62,7 +63,7 @@ def guarded(t: Transform, grads: Any, state: Any, params: Any) -> tuple[Any, Any
 def select(flag: ShardedTensor, new: Any, old: Any) -> Any:
     """Leaves of `new` where the flag is true, else of `old`; keys and numbers stay."""
     news, spec = optree.tree_flatten(new, none_is_leaf=True)
-    olds = spec.flatten_up_to(old)
+    olds: list[Any] = spec.flatten_up_to(old)
     return spec.unflatten(
         [
             _pick(flag, a, b) if isinstance(a, ShardedTensor) else a

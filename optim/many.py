@@ -53,14 +53,20 @@ class Many:
         """In another dtype; itself where it has it."""
         return self if self.dtype is dtype else Many([x.to(dtype) for x in self.each], True)
 
+    def _bare(self, x: Any) -> Any:
+        """An operand as torch takes it; a 0-d tensor of another dtype would cost a launch each."""
+        if isinstance(x, Many):
+            return x.each
+        return x.to(self.dtype) if isinstance(x, Tensor) else x
+
     def _new(self, name: str, *args: Any, **keywords: Any) -> Many:
-        return Many(_PLAIN[name](self.each, *map(_bare, args), **keywords), True)
+        return Many(_PLAIN[name](self.each, *map(self._bare, args), **keywords), True)
 
     def _used(self, name: str, *args: Any, **keywords: Any) -> Many:
         keeps = all(not isinstance(a, Many) or _fits(a.dtype, self.dtype) for a in args)
         if not (self.free and keeps):
             return self._new(name, *args, **keywords)
-        _WRITING[name](self.each, *map(_bare, args), **keywords)
+        _WRITING[name](self.each, *map(self._bare, args), **keywords)
         return self
 
     def __add__(self, other: Many | Number) -> Many:
@@ -153,8 +159,9 @@ _PLAIN: dict[str, Callable[..., Any]] = {n: getattr(torch, f"_foreach_{n}") for 
 _WRITING: dict[str, Callable[..., Any]] = {n: getattr(torch, f"_foreach_{n}_") for n in _NAMES}
 
 
-def _bare(x: Any) -> Any:
-    return x.each if isinstance(x, Many) else x
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> Sequence[Tensor]:
+    """The norm of each tensor, in few launches; inf and NaN stay what they are."""
+    return torch._foreach_norm(list(tensors), order)  # pyright: ignore
 
 
 def _fits(dtype: torch.dtype, into: torch.dtype) -> bool:

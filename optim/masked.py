@@ -7,7 +7,7 @@ from typing import Any
 
 from ..layouts import tree
 from ..layouts.tree import Mask, matches
-from .base import ORDER, Transform
+from .base import Transform, hardest
 
 
 def masked(t: Transform, mask: Mask) -> Transform:
@@ -99,8 +99,7 @@ def multi(parts: Mapping[str, Transform]) -> Transform:
             new = tree.combine(new, done)
         return new, after
 
-    needs = max((t.needs for t in parts.values()), key=ORDER.index, default="elementwise")
-    return Transform("multi", init, update, needs, fused=fused)
+    return Transform("multi", init, update, hardest(*parts.values()), fused=fused)
 
 
 def _taken(params: Any, mask: Mask) -> Any:

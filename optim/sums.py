@@ -19,6 +19,7 @@ from ..layouts.sharded import ShardedTensor, make_type
 from ..meshlib.errors import LayoutError
 from ..meshlib.mesh import Mesh
 from .base import home
+from .many import norms
 
 
 def reduced_together(owed: Sequence[ShardedTensor]) -> list[ShardedTensor]:
@@ -163,10 +164,8 @@ def global_norm(grads: Any) -> ShardedTensor:
     dtype = max(dtypes, key=lambda d: d.itemsize)
 
     def squared(shards: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(  # pyright: ignore
-            [s.to(wide(s.dtype)) for s in shards]
-        )
-        stack = torch.stack([n.to(dtype) for n in norms])
+        lengths = norms([s.to(wide(s.dtype)) for s in shards])
+        stack = torch.stack([n.to(dtype) for n in lengths])
         return (stack * stack).sum()
 
     return torch.sqrt(counted(grads, squared, dtype))  # pyright: ignore

@@ -57,7 +57,7 @@ def zero(t: Transform, stage: int, *, axis: str | Sequence[str] = "data") -> Tra
     launches for all leaves.
 
     Raises:
-        LayoutError: kind "whole", at stage 3, for parameters that could be cut but are not.
+        LayoutError: at stage 3, for parameters that could be cut but are not.
         MeshError: an axis that the mesh has not.
 
     >>> import shardwise as sw
@@ -202,7 +202,7 @@ def parts(params: Any, axes: Sequence[str], *, own: bool = False) -> Any:
 def _scattered(grads: Any, small: Any) -> Any:
     """Gradients in the layouts of the parts."""
     leaves, spec = optree.tree_flatten(small, none_is_leaf=True)
-    given = spec.flatten_up_to(grads)
+    given: list[Any] = spec.flatten_up_to(grads)
     live = [i for i, g in enumerate(given) if g is not None and leaves[i] is not None]
     with record.acting("step", "gradient"):
         done = reduce_scattered([given[i] for i in live], [leaves[i].layout for i in live])
@@ -216,11 +216,12 @@ def _gathered(
 ) -> Any:
     """New values in the parameters' layouts; those without a gradient stay (`keep`) or are None."""
     likes, spec = optree.tree_flatten(params, none_is_leaf=True)
-    given, found = spec.flatten_up_to(grads), spec.flatten_up_to(new)
+    given: list[Any] = spec.flatten_up_to(grads)
+    found: list[Any] = spec.flatten_up_to(new)
     live = [
         i for i, g in enumerate(given) if not (g is None or likes[i] is None or found[i] is None)
     ]
-    out = list(likes) if keep else list(found)
+    out: list[Any] = list(likes) if keep else list(found)
     into = [likes[i] if donate and _owns_memory(likes[i]) else None for i in live]
     with record.acting("step", "reshard"):
         done = all_gathered([found[i] for i in live], [likes[i].layout for i in live], into)
@@ -268,6 +269,5 @@ def _check_cut(params: Any, axes: Sequence[str]) -> None:
             f"cut them by the strategy: strategies.fsdp({axes[0]!r}) in the place of "
             f"strategies.data({axes[0]!r}), or by hand: "
             f'sw.reshard(params, ".../{"/".join(axes)}")',
-            kind="whole",
             op="zero",
         )

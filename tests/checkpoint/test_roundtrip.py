@@ -49,10 +49,7 @@ def test_every_kind_of_leaf_and_container(tmp_path: Path) -> None:
         "opt": Moments([sw.shard(bits(torch.float64, 8), on, "a/data/tensor")], (None, 1)),
         "key": sw.random.key(2**63 + 5),
         "plain": bits(torch.bfloat16, 3, 1),
-        "empty": {
-            "tensor": torch.zeros(0, 4),
-            "sharded": sw.shard(torch.zeros(0, 4), on, "a/data b"),
-        },
+        "empty": [torch.zeros(0, 4), sw.shard(torch.zeros(0, 4), on, "a/data b")],
         "scalar": sw.shard(torch.tensor(3, dtype=torch.int32), on),
         "numbers": [7, -(2**80), 0.1, -0.0, math.inf, math.nan, 5e-324, True, False],
         "texts": ["", 'a\n"b" \u00e9\ud800 \U0001f600', "__metadata__"],
@@ -102,9 +99,7 @@ def moves(draw: st.DrawFn) -> tuple[torch.Tensor, list[tuple[sw.Mesh, sw.Layout]
     ways = []
     for number in range(3):
         on = mesh(**draw(st.sampled_from(MESHES)))
-        states = (
-            ("replicated", "reduced") if number == 0 else ("replicated", "reduced", "unreduced")
-        )
+        states = ["replicated", "reduced"] + ["unreduced"] * (number > 0)
         ways.append((on, draw(layouts(shape, on, states))))
     return bits(torch.float32, *shape, seed=draw(st.integers(0, 99))).nan_to_num(), ways
 
@@ -196,7 +191,7 @@ def test_a_reader_touches_only_the_blocks_it_needs(tmp_path: Path) -> None:
     files.CURRENT = disk = Watched()
     part = on.at(a=(2, 3))
     like = {"x": sw.zeros((8, 4096), part, "n d")}
-    assert torch.equal(sw.checkpoint.restore(tmp_path, like, step=1)["x"].full_tensor(), value)
+    assert torch.equal(sw.checkpoint.restore(tmp_path, like)["x"].full_tensor(), value)
     names = [name for name, _ in disk.calls]
     assert names.count("open_file") == 1 + 8  # the manifest, and each device's file
     assert names.count("read") == 1 + 8 * 2  # a header and one block each; y is not read

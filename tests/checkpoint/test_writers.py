@@ -164,7 +164,7 @@ def test_two_writers_on_a_disk_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "CURRENT", Late())
-    with pytest.raises(CheckpointError, match="committing.*not empty"):
+    with pytest.raises(CheckpointError, match=r"committing.*not empty"):
         sw.checkpoint.save(tmp_path, state(1), step=1)
     assert same(sw.checkpoint.restore(tmp_path, state(0)), state(9))
     sw.checkpoint.verify(tmp_path)

@@ -107,7 +107,8 @@ def test_greedy_tokens_are_those_of_transformers(name: str, on: str, folders: Fi
     model, params, _ = opened(path, on)
     tokens = prompts()
     wanted = greedy(module, tokens, torch.ones_like(tokens), 12)
-    assert wanted[:, 5:].unique().numel() > 4  # not one token over and over
+    assert wanted[:, 5:].unique(dim=0).shape[0] > 2  # answers differ,
+    assert wanted[:, 5:].unique().numel() > 2  # and are not one token over and over
     assert torch.equal(models.generate(model, params, tokens, max_new_tokens=12), wanted)
 
 

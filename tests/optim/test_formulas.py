@@ -232,7 +232,8 @@ def test_a_muon_step_moves_every_direction_of_a_matrix_equally() -> None:
     g = {"w": values(3)["w"]}
     moved, _ = run(optim.muon(1.0, match="none", dtype=None), g, [g], "two dims")
     singular = torch.linalg.svdvals(moved["w"] - g["w"])
-    assert float(singular.min()) > 0.6 and float(singular.max()) < 1.3
+    assert float(singular.min()) > 0.6
+    assert float(singular.max()) < 1.3
 
 
 def test_galore_is_adam_where_the_rank_is_full() -> None:
@@ -248,7 +249,9 @@ def test_codes_hold_small_values_beside_large_ones() -> None:
     for signed in (True, False):
         value = x if signed else x.abs()
         codes, scales = encode(value, 256, signed)
-        assert codes.dtype is torch.uint8 and codes.shape == x.shape and scales.shape == (64, 4)
+        assert codes.dtype is torch.uint8
+        assert codes.shape == x.shape
+        assert scales.shape == (64, 4)
         back = decode(codes, scales, 256, signed)
         big = value.abs().reshape(64, -1).amax(-1, keepdim=True)
         assert float(((back - value).abs() / big).max()) < 0.02

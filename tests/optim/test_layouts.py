@@ -67,7 +67,7 @@ def test_steps_on_any_layout_equal_one_device(name: str, layout: str) -> None:
                 b.full_tensor(),
                 rtol=1e-10,
                 atol=1e-10,
-                msg=lambda m: f"{path}: {m}",
+                msg=lambda m, path=path: f"{path}: {m}",
             )
 
 
@@ -159,3 +159,15 @@ def test_a_donated_step_needs_no_new_buffers_and_its_arguments_cannot_be_read(na
     with pytest.raises(sw.LayoutError, match="was donated"):
         opt.step(grads, state, new)
     opt.step(grads, after, new)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_scalars_that_stay_on_the_device_give_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator kernels get 0-d tensors in place of numbers."""
+    params, grads, _, _ = case(name)
+    expected, _ = run(OPTIMIZERS[name], params, grads[:3], "two dims")
+    monkeypatch.setattr("shardwise.optim.flat._number", lambda x: x)
+    ours, _ = run(OPTIMIZERS[name], params, grads[:3], "two dims")
+    close(ours, expected)

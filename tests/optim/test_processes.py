@@ -85,5 +85,7 @@ def test_processes_equal_the_simulated_mesh(which: str) -> None:
     for outcome in outcomes:
         for k, value in outcome.value.items():
             seen.add(k)
-            torch.testing.assert_close(value, expected[k], rtol=1e-11, atol=1e-11, msg=lambda m: k)
+            torch.testing.assert_close(
+                value, expected[k], rtol=1e-11, atol=1e-11, msg=lambda m, k=k: f"{k}: {m}"
+            )
     assert seen == set(expected)

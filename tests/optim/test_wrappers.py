@@ -103,7 +103,8 @@ def test_grads_names_layouts_that_value_and_grad_takes() -> None:
     params = {"w": sw.full((4, 4), 1.0, mesh, "i/x o"), "v": sw.full((4,), 1.0, mesh)}
     loss = lambda p: (p["w"] * p["w"]).sum() + (p["v"] * p["v"]).sum()  # noqa: E731
     _, grads = sw.value_and_grad(loss, grads=opt.grads)(params)
-    assert grads["w"].layout is params["w"].layout and grads["v"].layout is params["v"].layout
+    assert grads["w"].layout is params["w"].layout
+    assert grads["v"].layout is params["v"].layout
 
 
 def test_named_lets_two_of_a_kind_into_a_chain() -> None:
@@ -133,7 +134,8 @@ def test_masked_and_multi_take_leaves_by_path() -> None:
             "s": fast["s"],
         },
     )
-    assert state["*"]["mu"]["w"] is None and state["*"]["mu"]["tall"] is not None
+    assert state["*"]["mu"]["w"] is None
+    assert state["*"]["mu"]["tall"] is not None
 
     matrix = lambda path, p: p.ndim > 1  # noqa: E731
     decay = optim.chain(optim.masked(optim.add_decayed_weights(0.5), matrix), optim.sgd(1.0))
@@ -240,7 +242,8 @@ def test_low_precision_parameters_keep_their_dtype(name: str) -> None:
     ours, _ = run(opt, low, grads, "three axes")
     whole, _ = run(opt, low, grads)
     for k, p in ours.items():
-        assert p.dtype is torch.bfloat16 and not torch.equal(p, low[k])
+        assert p.dtype is torch.bfloat16
+        assert not torch.equal(p, low[k])
         torch.testing.assert_close(p, whole[k], rtol=2e-2, atol=2e-2)
 
 
@@ -280,7 +283,8 @@ def test_each_step_and_each_leaf_rounds_with_bits_of_its_own() -> None:
     assert same_bits(once, again)
     other, _ = opt.step(p, {**state, "step": after["step"]}, p)
     a, b = once["a"].full_tensor(), once["b"].full_tensor()
-    assert not torch.equal(a, b) and not torch.equal(a, other["a"].full_tensor())
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, other["a"].full_tensor())
     assert 0.3 < float((a < 1).double().mean()) < 0.7  # 2**-9 is half of the gap below 1
     with pytest.raises(ValueError, match='rounding is "nearest" or "stochastic"'):
         optim.adamw(0.1, rounding="up")  # pyright: ignore
@@ -305,7 +309,8 @@ def test_a_skipped_step_changes_no_bit(poison: float, name: str) -> None:
     bad = values(9)
     bad["stack"][3, 7, 15] = poison  # on the last device alone
     new, after = opt.step(grads_of(bad), state, p)
-    assert same_bits(new, p) and same_bits(after["inner"], state["inner"])
+    assert same_bits(new, p)
+    assert same_bits(after["inner"], state["inner"])
     assert (after["skipped"].item(), after["streak"].item()) == (1, 1)
     new, after = opt.step(grads_of(GRADS[1]), after, new)
     assert (after["skipped"].item(), after["streak"].item()) == (1, 0)
@@ -313,7 +318,8 @@ def test_a_skipped_step_changes_no_bit(poison: float, name: str) -> None:
     q = mesh_and_params()[1]
     for g in GRADS[:2]:
         q, plain = inner.step(grads_of(g), plain, q)
-    assert same_bits(new, q) and same_bits(after["inner"], plain)
+    assert same_bits(new, q)
+    assert same_bits(after["inner"], plain)
 
 
 def test_too_many_skipped_steps_raise_and_name_the_leaf() -> None:
@@ -374,7 +380,9 @@ def test_an_overflow_at_the_least_scale_raises_and_a_static_scale_stays() -> Non
         opt.step(grads_of(bad), opt.init(p), p)
     fixed = optim.loss_scale(optim.sgd(0.1), initial=1.0, dynamic=False)
     new, state = fixed.step(grads_of(bad), fixed.init(p), p)
-    assert same_bits(new, p) and state["scale"].item() == 1.0 and state["skipped"].item() == 1
+    assert same_bits(new, p)
+    assert state["scale"].item() == 1.0
+    assert state["skipped"].item() == 1
 
 
 def test_float16_gradients_are_unscaled_in_float32() -> None:

@@ -59,6 +59,9 @@ PLACES = {
 }
 
 
+ONE = Place(s.data(), s.data(), {"data": 1})
+
+
 @cache
 def of_gpt2() -> Any:
     return TINY["gpt2"]()
@@ -110,6 +113,6 @@ def train(
 def trained(*args: Any, **options: Any) -> dict[str, Tensor]:
     """Global parameters after the last step."""
     params: Any = None
-    for _, params, _ in train(*args, **options):
-        pass
+    for state in train(*args, **options):
+        params = state[1]
     return {path: p.full_tensor() for path, p in sw.tree.items(params)}

@@ -17,7 +17,6 @@ from torch import Tensor
 from .errors import CheckpointError
 from .files import CHUNK, Files, let_go, open_regular, read_exactly
 from .manifest import Manifest, Slot
-from .steps import entered
 
 _MOST_OPEN = 128  # files at a time
 Box = tuple[tuple[int, int], ...]  # start and stop per dim, global
@@ -149,16 +148,13 @@ def read_slot(
         )
 
 
-def verified(disk: Files, root: Path, step: int) -> Manifest:
-    """The manifest of a commit of which every byte is as it was saved.
+def check_contents(disk: Files, manifest: Manifest, directory: int, where: Path) -> None:
+    """Read every byte of a commit that was entered.
 
     Raises:
-        CheckpointError: the first one that is not.
+        CheckpointError: the first file or block that is not as it was saved.
     """
-    with (
-        entered(disk, root, step) as (manifest, directory, where),
-        Reader(disk, manifest, directory, where) as reader,
-    ):
+    with Reader(disk, manifest, directory, where) as reader:
         for name, body in manifest.files.items():
             file = reader.file(name)
             whole = hashlib.sha256(reader.header(name))
@@ -172,4 +168,3 @@ def verified(disk: Files, root: Path, step: int) -> Manifest:
                     expected=body.sha256,
                     found=whole.hexdigest(),
                 )
-    return manifest

@@ -7,7 +7,8 @@ before the tree is returned, and in a job all processes succeed or all raise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .files import Files
 from .manifest import Manifest
 from .match import matched
 from .ranks import Ranks, acting
-from .read import Box, Reader, Target, verified
+from .read import Box, Reader, Target, check_contents
 
 
 def latest(path: Any) -> int | None:
@@ -41,7 +42,7 @@ def latest(path: Any) -> int | None:
     >>> sw.checkpoint.latest(folder)
     3
     """
-    return steps.newest(files.CURRENT, Path(path).absolute())[0]
+    return steps.newest(files.CURRENT, Path(path).absolute())
 
 
 def inspect(path: Any, step: int | None = None) -> Manifest:
@@ -64,7 +65,8 @@ def inspect(path: Any, step: int | None = None) -> Manifest:
       lr  float                      0.1
     """
     disk, root = files.CURRENT, Path(path).absolute()
-    with steps.entered(disk, root, _chosen(disk, root, step)) as (manifest, _, _):
+    asked = step is not None
+    with _entered(disk, root, _chosen(disk, root, step), is_asked=asked) as (manifest, _, _):
         return manifest
 
 
@@ -79,7 +81,9 @@ def verify(path: Any, step: int | None = None) -> None:
         CheckpointError: naming the file, the tensor, and both hashes.
     """
     disk, root = files.CURRENT, Path(path).absolute()
-    verified(disk, root, _chosen(disk, root, step))
+    asked = step is not None
+    with _entered(disk, root, _chosen(disk, root, step), is_asked=asked) as found:
+        check_contents(disk, *found)
 
 
 def restore(
@@ -120,7 +124,7 @@ def restore(
     try:
         chosen = _agreed_step(disk, root, step, ranks)
         with (
-            steps.entered(disk, root, chosen) as (manifest, directory, where),
+            _entered(disk, root, chosen, is_asked=step is not None) as (manifest, directory, where),
             Reader(disk, manifest, directory, where) as reader,
         ):
             stored = matched(manifest, leaves, dict(rename or {}), where)
@@ -133,18 +137,31 @@ def restore(
 
 
 def _chosen(disk: Files, root: Path, step: int | None) -> int:
-    """The step asked for; else the newest, which must be sound."""
+    """The step asked for, else the newest, sound or not."""
     if step is not None:
         return step
-    newest, damaged = steps.newest(disk, root)
-    if damaged:
-        sound = "none is sound" if newest is None else f"the newest sound one: step={newest}"
-        raise CheckpointError(
-            f"{damaged[0]}\n  {sound}", file="", tensor=damaged[0].tensor
-        ) from damaged[0]
-    if newest is None:
+    found = steps.committed(disk, root)
+    if not found:
         raise CheckpointError("no checkpoint here", file=root)
-    return newest
+    return found[-1]
+
+
+@contextmanager
+def _entered(
+    disk: Files, root: Path, step: int, *, is_asked: bool
+) -> Iterator[tuple[Manifest, int, Path]]:
+    """A commit; if it is damaged and nobody asked for it, the error says which one is sound."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(steps.entered(disk, root, step))
+        except CheckpointError as error:
+            if is_asked:
+                raise
+            sound = steps.newest(disk, root)
+            offer = "none is sound" if sound is None else f"the newest sound one: step={sound}"
+            error.args = (f"{error}\n  {offer}",)
+            raise
+        yield found
 
 
 def _agreed_step(disk: Files, root: Path, step: int | None, ranks: Ranks) -> int:

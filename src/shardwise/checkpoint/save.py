@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..layouts.tree import leaves
 from . import files, plan, steps
 from .errors import CheckpointError
@@ -33,7 +31,7 @@ from .manifest import NAME, Block, Body, Entry, Manifest, arranged, write
 from .parse import parse
 from .plan import Piece, Plan
 from .ranks import Ranks, acting
-from .read import verified
+from .read import check_contents
 
 MAX_STEP = 10**18
 _IN_FLIGHT: dict[Path, Pending] = {}
@@ -255,7 +253,8 @@ def _make_room(disk: Files, root: Path, step: int) -> None:
             )
         if other == step:
             try:
-                verified(disk, root, step)
+                with steps.entered(disk, root, step) as found:
+                    check_contents(disk, *found)
             except CheckpointError:
                 aside = where.with_name(f"{where.name}.bad-{secrets.token_hex(8)}")
                 with files.doing("setting aside", where):
@@ -317,16 +316,10 @@ def _manifest(step: int, taken: Plan, reports: Sequence[Mapping[str, Any]], wher
         path: replace(entry, blocks=tuple(sorted(blocks[path], key=lambda block: block.start)))
         for path, entry in taken.tensors.items()
     }
-    versions = {"shardwise": _version(), "torch": str(torch.__version__)}
+    versions = {name: str(sys.modules[name].__version__) for name in ("shardwise", "torch")}
     text = write(Manifest(step, tensors, taken.values, bodies, versions))
     parse(text, where / NAME, step)
     return text
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__
 
 
 def _prune(disk: Files, root: Path, keep: int | None) -> None:

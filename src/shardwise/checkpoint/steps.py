@@ -114,12 +114,7 @@ def damage(disk: Files, root: Path, step: int) -> CheckpointError | None:
         return error
 
 
-def newest(disk: Files, root: Path) -> tuple[int | None, list[CheckpointError]]:
-    """The newest sound step, and what is wrong with those after it."""
-    found: list[CheckpointError] = []
-    for step in reversed(committed(disk, root)):
-        error = damage(disk, root, step)
-        if error is None:
-            return step, found
-        found.append(error)
-    return None, found
+def newest(disk: Files, root: Path) -> int | None:
+    """The newest sound step; None if there is none."""
+    found = reversed(committed(disk, root))
+    return next((step for step in found if damage(disk, root, step) is None), None)

@@ -1,11 +1,12 @@
-"""The command line: `shardwise train FILE`. Exit codes: 0 done, 1 failed, 2 bad input."""
+"""The command line: train, plan, show. Exit codes: 0 done, 1 failed, 2 bad input."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..meshlib.errors import LayoutError, MeshError
 from .config import ConfigError
@@ -16,15 +17,28 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="shardwise", description="sharded tensors for PyTorch")
     commands = made.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the model of a TOML file")
-    train.add_argument("file", help="the file, see docs/configuration.md")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="TABLE.KEY=VALUE",
-        help="replace a value of the file; may be given again",
+    plan = commands.add_parser(
+        "plan", help="what one step of a file would move, without running it"
     )
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+    plan.add_argument("--diff", metavar="FILE", help="against the plan of another file")
+    show = commands.add_parser(
+        "show", help="a file's strategy or mesh, or any layout, as a picture"
+    )
+    show.add_argument("--save", metavar="PATH", help="write .svg, .png, .html or .txt instead")
+    for command in (train, plan):
+        command.add_argument("file", help="the file, see docs/configuration.md")
+    show.add_argument("file", help="a file, or a layout with sizes: '64/data 512/tensor tensor=4'")
+    show.add_argument("view", nargs="?", choices=("strategy", "mesh"), help="of a file")
+    for command in (train, plan, show):
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="overrides",
+            metavar="TABLE.KEY=VALUE",
+            help="replace a value of the file; may be given again",
+        )
     return made
 
 
@@ -32,23 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and give its exit code."""
     given = parser().parse_args(arguments)
     try:
-        from . import build
-        from .config import read_config
-        from .train import train
+        COMMANDS[given.command](given)
     except ModuleNotFoundError as missing:
         print(
-            f"shardwise train needs {missing.name}: pip install 'shardwise[train]'", file=sys.stderr
+            f"shardwise {given.command} needs {missing.name}: pip install 'shardwise[train]'",
+            file=sys.stderr,
         )
         return 1
-    try:
-        config = read_config(
-            given.file,
-            families={name: family.config for name, family in build.FAMILIES.items()},
-            presets=tuple(build.PRESETS),
-            derived=build.DERIVED,
-            overrides=given.overrides,
-        )
-        train(config)
     except (ConfigError, LayoutError, MeshError, ValueError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -59,3 +63,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _config(file: str, overrides: Sequence[str]) -> Any:
+    from . import build
+    from .config import read_config
+
+    return read_config(
+        file,
+        families={name: family.config for name, family in build.FAMILIES.items()},
+        presets=tuple(build.PRESETS),
+        derived=build.DERIVED,
+        overrides=overrides,
+    )
+
+
+def _train(given: argparse.Namespace) -> None:
+    from .train import train
+
+    train(_config(given.file, given.overrides))
+
+
+def _plan(given: argparse.Namespace) -> None:
+    from .look import planned
+
+    made = planned(_config(given.file, given.overrides))
+    if given.diff:
+        print(made.diff(planned(_config(given.diff, given.overrides))))
+    else:
+        print(made.to_json() if given.json else made)
+
+
+def _show(given: argparse.Namespace) -> None:
+    from .look import drawn, shown
+
+    if given.view:
+        picture = shown(_config(given.file, given.overrides), given.view)
+    else:
+        picture = drawn(given.file)
+    if given.save:
+        picture.save(given.save)
+    else:
+        print(picture)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": _train,
+    "plan": _plan,
+    "show": _show,
+}

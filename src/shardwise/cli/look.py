@@ -1,0 +1,100 @@
+"""`shardwise plan FILE` and `shardwise show …`: what a run would do, without running it.
+
+The mesh is abstract: a file for a thousand devices is planned on a laptop, without memory. An axis
+of size -1 counts as 1, since there are no processes to share out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..layouts.layout import Layout
+from ..layouts.picture import Picture
+from ..layouts.place import zeros
+from ..layouts.show import show
+from ..layouts.strategy import Strategy
+from ..meshlib.mesh import Mesh, make_mesh
+from ..models import Model
+from ..ops import random
+from ..ops.plan import Plan, plan
+from . import build
+from .config import Config
+from .train import make_step
+
+VIEWS = ("strategy", "mesh")
+
+
+def planned(config: Config) -> Plan:
+    """The plan of one training step: loss, gradients and optimizer.
+
+    Raises:
+        LayoutError: a strategy that does not fit model and mesh.
+    """
+    mesh = abstract(config)
+    strategy, model = parts(config, mesh)
+    micro = config.data.micro_batches
+    model.check(mesh, batch=config.data.batch // micro, seq=config.data.seq)
+    params = model.init(random.key(0), mesh)
+    optimizer = build.build_optimizer(config.optimizer, config.run.steps)
+    shape = (config.data.batch, config.data.seq)
+    rows = zeros(shape, mesh, strategy["tokens"], dtype=torch.int64)
+    step = make_step(model, optimizer, micro)
+    return plan(step, params, optimizer.init(params), {"tokens": rows, "labels": rows})
+
+
+def shown(config: Config, view: str) -> Picture:
+    """The picture of a file's strategy or mesh."""
+    mesh = abstract(config)
+    if view == "mesh":
+        return show(mesh)
+    strategy, model = parts(config, mesh)
+    sizes = {**model.config.sizes, "batch": config.data.batch, "seq": config.data.seq}
+    return show(strategy, mesh=mesh, sizes=sizes)
+
+
+def drawn(text: str) -> Picture:
+    """Who holds what of a layout: sizes stand in the place of names, `64/data 512/tensor`.
+
+    The mesh has every axis of the text with 2 devices; `axis=4` behind the layout says otherwise.
+
+    >>> print(drawn("4/data 6 data=2"))
+    f32[4/data 6] on mesh(data=2)
+    each device holds 2 x 6 (48 B)
+    rows: dim 0 4/data; columns: dim 1 6
+    cells: devices (data)
+    <BLANKLINE>
+          0:6
+        ┌─────┐
+    0:2 │ (0) │
+        ├─────┤
+    2:4 │ (1) │
+        └─────┘
+    """
+    given = dict(re.findall(r"(?<!@)\b([A-Za-z_]\w*)=(\d+)", text))
+    layout = re.sub(r"(?<!@)\b[A-Za-z_]\w*=\d+", "", text).strip()
+    words = re.sub(r"\{[^{}]*\}", "", layout).split()
+    names = [word.split("/")[0] for word in words if not word.startswith("@")]
+    if not all(name.isdigit() for name in names):
+        raise ValueError(f"{text!r}: write sizes in the place of names, as in '64/data 512'")
+    axes: Mapping[str, int] = {
+        axis: int(given.get(axis, 2)) for axis in re.findall(r"[/:,]([A-Za-z_]\w*)", layout)
+    }
+    mesh = make_mesh({**axes, **{k: int(v) for k, v in given.items()}} or {"device": 1}, transport="abstract")  # fmt: skip  # noqa: E501
+    return show(zeros([int(n) for n in names], mesh, Layout(layout)))
+
+
+def abstract(config: Config) -> Mesh:
+    """The file's mesh without devices."""
+    axes = {name: max(size, 1) for name, size in config.mesh.axes.items()}
+    return make_mesh(axes, transport="abstract")
+
+
+def parts(config: Config, mesh: Mesh) -> tuple[Strategy, Model]:
+    """The file's strategy and model."""
+    strategy = build.build_strategy(config.strategy, config.precision)
+    model: Any = build.build_model(config.model, config.data.seq, strategy, mesh)[0]
+    return strategy, model
