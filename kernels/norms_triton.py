@@ -17,14 +17,15 @@ from . import norms
 from .launch import Launch, empty, power_of_two
 
 LARGEST_FORWARD = 32768  # longer rows do not fit into registers: torch computes them
-LARGEST_BACKWARD = 16384
+LARGEST_BACKWARD = 8192
 
 
 def forward_launch(size: int) -> Launch:
     """How the forward is launched for rows of `size` elements: 32 elements a thread."""
     block = power_of_two(size)
     rows = max(1, 2048 // block)
-    return Launch(block, warps=min(8, max(1, rows * block // 1024)), rows=rows)
+    warps = min(16, max(1, rows * block // 1024))
+    return Launch(block, warps=8 if block > 16384 else warps, rows=rows)  # 8 warps: no spills
 
 
 def backward_launch(size: int) -> Launch:

@@ -11,9 +11,9 @@ from .huggingface import save as save
 from .llama import LlamaConfig as LlamaConfig
 from .llama import llama as llama
 from .model import Model as Model
-from .vit import ViTConfig as ViTConfig
-from .vit import vit as vit
 from .opt import OPTConfig as OPTConfig
 from .opt import opt as opt
 from .palm import PaLMConfig as PaLMConfig
 from .palm import palm as palm
+from .vit import ViTConfig as ViTConfig
+from .vit import vit as vit

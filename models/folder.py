@@ -114,7 +114,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Folder]:
 
 def _listed(root: Path) -> dict[str, set[str] | None]:
     """The folder's files, and the tensors that the index promises in each."""
-    if (root / SINGLE).exists() and not (root / INDEX).exists():
+    if (root / SINGLE).exists():
         return {SINGLE: None}
     if not (root / INDEX).exists():
         old = sorted(p.name for p in root.glob("*.bin"))

@@ -205,7 +205,7 @@ def save(
 
     Raises:
         FileExistsError: the folder exists and is not empty.
-        ValueError: a model of no known family.
+        ValueError: a model of no known family, or parameters of another model.
         MeshError: (torchrun) the writing process failed; raised in every process.
     """
     family = family_with(model.config)
@@ -263,9 +263,15 @@ def _parts(model: Model, params: Any) -> dict[str, list[Part]]:
     """Tensor name to the parameters in it, in order."""
     sizes = model.config.true_sizes
     values = dict(items(params))
+    declared = dict(items(model.declaration))
+    if values.keys() != declared.keys():
+        odd = sorted(values.keys() ^ declared.keys())
+        raise ValueError(f"save: the parameters are not this model's: {', '.join(odd)}")
     found: dict[str, list[Part]] = {}
-    for path, param in items(model.declaration):
-        source = model.names[path]
+    for path, param in declared.items():
+        source, shape = model.names[path], param.shape(model.config)
+        if tuple(values[path].shape) != shape:
+            raise ValueError(f"save: {path} has shape {tuple(values[path].shape)}, not {shape}")
         for layer in _layers(param, sizes):
             name = blocks.tensor_name(source, layer)
             found.setdefault(name, []).append((source, param, values[path], layer))

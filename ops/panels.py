@@ -188,8 +188,11 @@ class _Run:
         mine: list[Tensor] = []
         for step, multiply in enumerate(self.products(given)):
             sums = self.comm.reduce(*self.noted("reduce", axis, multiply(None)), step)
-            mine = [new if p == step else old
-                    for new, old, p in zip(sums, mine or sums, places, strict=True)]  # fmt: skip
+            mine = [
+                new if p == step else old
+                for new, old, p in zip(sums, mine or sums, places, strict=True)
+            ]
+            del sums  # before the next panels arrive
         return self.raised(mine)
 
 

@@ -23,6 +23,7 @@ from ..layouts.tree import Mask, matches
 from .many import Many
 
 Kernel = Callable[..., tuple[Many, ...]]
+ON_HOST = ("cpu",)  # devices whose scalars are read as numbers, since that waits for nothing
 
 
 def elementwise(
@@ -174,11 +175,12 @@ def here(scalars: Mapping[str, Any], device: torch.device) -> SimpleNamespace:
 def _number(x: Any) -> Any:
     if (
         isinstance(x, Tensor)
-        and x.device.type == "cpu"
+        and x.device.type in ON_HOST
         and not torch._C._len_torch_dispatch_stack()
     ):
         return x.item()
-    return x
+    # Kernels compute with scalars in float64; lists cast them to their own dtype.
+    return x.double() if isinstance(x, Tensor) else x
 
 
 def local(x: Any, device: torch.device) -> Any:

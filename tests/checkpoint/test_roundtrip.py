@@ -378,6 +378,26 @@ def test_shapes_alone_say_what_to_read(tmp_path: Path) -> None:
     assert torch.equal(back, tree["params"]["norm"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("wait", [True, False])
+def test_from_a_gpu_and_back_to_it(tmp_path: Path, wait: bool) -> None:
+    on = sw.make_mesh({"a": 4}, transport="simulated", device="cuda")
+    tree = {
+        "x": sw.shard(torch.randn(8, 6, generator=rng()), on, "n/a d"),
+        "h": sw.reshard(sw.shard(torch.arange(4.0), on, "n/a"), "n/a @host"),
+        "p": torch.arange(3, device="cuda"),
+    }
+    sw.checkpoint.save(tmp_path, tree, step=1, wait=wait).wait()
+    back = sw.checkpoint.restore(tmp_path, tree)
+    assert same(back, tree)
+    assert (back["x"].device.type, back["h"].device.type, back["p"].device.type) == (
+        "cuda", "cpu", "cuda",
+    )  # fmt: skip
+    other = {"x": sw.zeros((8, 6), mesh(b=2, c=3), "n/b d/c"), "p": torch.zeros(3).long()}
+    cpu = sw.checkpoint.restore(tmp_path, other)
+    assert torch.equal(cpu["x"].full_tensor(), tree["x"].full_tensor().cpu())
+
+
 def test_host_memory_is_kept(tmp_path: Path) -> None:
     on = mesh(a=2)
     x = sw.reshard(sw.shard(torch.arange(4.0), on, "n/a"), "n/a @host")

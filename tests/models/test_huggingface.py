@@ -346,8 +346,14 @@ def _long_header(path: Path) -> None:
 
 def _index(path: Path, file: str, *, extra: str = "") -> None:
     names = [*tensors(path), *([extra] if extra else [])]
+    (path / "model.safetensors").rename(path / "part.safetensors")
     table = {"weight_map": dict.fromkeys(names, file)}
     (path / "model.safetensors.index.json").write_text(json.dumps(table))
+
+
+def _empty_index(path: Path) -> None:
+    _index(path, "part.safetensors")
+    (path / "model.safetensors.index.json").write_text("{}")
 
 
 def _config(path: Path, **changes: Any) -> None:
@@ -361,13 +367,13 @@ def _config(path: Path, **changes: Any) -> None:
         (_truncate, "is no safetensors file"),
         (_long_header, "is no safetensors file"),
         (lambda p: (p / "model.safetensors").write_bytes(b""), "is no safetensors file"),
-        (lambda p: _index(p, "../small/model.safetensors"), "no file of this folder"),
+        (lambda p: _index(p, "../small/part.safetensors"), "no file of this folder"),
         (lambda p: _index(p, "/etc/passwd"), "no file of this folder"),
-        (lambda p: _index(p, "..\\model.safetensors"), "no file of this folder"),
+        (lambda p: _index(p, "..\\part.safetensors"), "no file of this folder"),
         (lambda p: _index(p, "model.bin"), "no file of this folder"),
         (lambda p: _index(p, "other.safetensors"), r"names other\.safetensors, which is missing"),
-        (lambda p: _index(p, "model.safetensors", extra="more"), r"only in the index \['more'\]"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+        (lambda p: _index(p, "part.safetensors", extra="more"), r"only in the index \['more'\]"),
+        (_empty_index, "has no weight_map"),
         (lambda p: (p / "config.json").write_text("{"), "is no JSON"),
         (lambda p: (p / "config.json").write_text("[" * 100_000), "is no JSON"),
         (lambda p: (p / "config.json").write_text("[]"), "holds list"),

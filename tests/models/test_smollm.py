@@ -7,7 +7,6 @@ are whole on each device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,15 +60,6 @@ class Known(NamedTuple):
     text: Tensor
     losses: Tensor
     said: list[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _threads() -> Iterator[None]:
-    """Large matrices: all cores, whatever the other tests run with."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

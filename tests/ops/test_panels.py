@@ -246,6 +246,18 @@ def test_a_stream_holds_one_panel_of_each_operand(q: int) -> None:
     assert peaks["streamed"] == at_rest + (m * k + k * n) // q**2
 
 
+@pytest.mark.parametrize("q", [2, 3, 4])
+def test_a_stream_of_sums_holds_one_part(q: int) -> None:
+    """X.W^T: a panel of W, and of the result what is done, one part and what is reduced of it."""
+    m, n, k = 6 * q, 60 * q, 6 * q * q
+    on = sw.make_mesh({"row": q, "col": q}, transport="abstract")
+    x, w = sw.zeros((m, n), on, "m/row n/col"), sw.zeros((k, n), on, "k/row n/col")
+    f = partial(ops.einsum, "m n, k n -> m k", out="m/row k/col", method="streamed")
+    rest, panel, part = (m * n + k * n + m * k) // q**2, k * n // q**2, m * k // q**2
+    assert panel > part
+    assert sw.plan(f, x, w).peak_memory // 4 == rest + panel + part
+
+
 @pytest.mark.parametrize("q", [2, 4])
 def test_a_stream_saves_blocks_only(q: int) -> None:
     """Held between forward and backward: what direct gathers is gone, forward and backward."""

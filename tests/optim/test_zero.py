@@ -47,7 +47,7 @@ OPTIMIZERS: dict[str, optim.Transform] = {
     "scaled": optim.loss_scale(optim.adamw(0.01), initial=4.0),
 }
 ONE_OF_EACH_NEED = ("clipped", "adafactor", "muon and adamw")
-FULL = ("data x 1D", "2.5D over depth")
+FULL = ("data x 1D",)
 CASES = [
     (name, stage, place)
     for name in OPTIMIZERS
@@ -71,24 +71,27 @@ def gradients() -> list[Any]:
 
 
 @cache
-def layouts(place: str, stage: int) -> Any:
-    """Parameters in the layouts of a strategy."""
-    return placed(PLACES[place] if place != "one" else ONE, stage)[1]
+def given(place: str, stage: int) -> tuple[Any, list[Any]]:
+    """Parameters in the layouts of a strategy, and gradients as the stage asks for them."""
+    at = PLACES.get(place, ONE)
+    params = placed(at, stage)[1]
+    wanted = optim.zero(optim.sgd(0.1), stage, axis=at.axes).grads(params)
+    return params, [
+        sw.tree.map(lambda g, p, to, n=n: split(g, p.mesh, to, n), grads, params, wanted)
+        for n, grads in enumerate(gradients())
+    ]
 
 
 def fed(name: str, stage: int, place: str) -> tuple[dict[str, Tensor], Any]:
     """Global parameters and the state after steps with fixed gradients."""
-    params = layouts(place, stage)
-    axes = PLACES[place].axes if stage else "data"
-    opt = optim.zero(OPTIMIZERS[name], stage, axis=axes)
+    params, steps = given(place, stage)
+    opt = optim.zero(OPTIMIZERS[name], stage, axis=PLACES.get(place, ONE).axes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if place == "data x 2.5D" else "error")
         state = opt.init(params)
     before = params
-    for number, grads in enumerate(gradients()):
-        wanted = opt.grads(params)
-        there = sw.tree.map(lambda g, p, to, n=number: split(g, p.mesh, to, n), grads, params, wanted)
-        params, state = opt.step(there, state, params)
+    for grads in steps:
+        params, state = opt.step(grads, state, params)
     for a, b in zip(sw.tree.leaves(params), sw.tree.leaves(before), strict=True):
         assert a.layout is b.layout and a.dtype is b.dtype
     return {path: p.full_tensor() for path, p in sw.tree.items(params)}, state

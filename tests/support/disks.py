@@ -12,6 +12,7 @@ dies and loses all that no fsync made durable; "async" dies in the thread of an 
 from __future__ import annotations
 
 import errno
+import gc
 import inspect
 import json
 import os
@@ -19,6 +20,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,44 +97,49 @@ class Dying(Watched):
     def __init__(self, at: int, mode: str) -> None:
         super().__init__()
         self.at, self.mode = at, mode
-        self.dirty: dict[Path, None] = {}  # files with bytes that no fsync made durable
-        self.undo: list[tuple[Path, Callable[[], Any]]] = []  # names in a directory, likewise
+        self.dirty: list[Path] = []  # files with bytes that no fsync made durable
+        # Names that no fsync of their directory made durable: directory, path, how to take it back.
+        self.undo: list[tuple[Path, Path, Callable[[Path], Any]]] = []
+        self.replaced: bytes | None = None
 
     def before(self, name: str, args: tuple[Any, ...]) -> None:
-        if self.mode == "power":
-            self._remember(name, args)
         if len(self.calls) == self.at:
             if self.mode == "half" and name == "write":
                 os.write(args[0], args[1][: len(args[1]) // 2])
             if self.mode == "power":
                 self._lose()
             os.kill(os.getpid(), signal.SIGKILL)
+        if name == "replace":
+            self.replaced = args[1].read_bytes() if args[1].exists() else None
 
     def after(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         if name == "fsync":
             path = self.descriptors[args[0]]
-            self.dirty.pop(path, None)
-            self.undo = [(folder, back) for folder, back in self.undo if folder != path]
-
-    def _remember(self, name: str, args: tuple[Any, ...]) -> None:
-        if len(self.calls) == self.at:
-            return  # it will not happen
-        if name == "write":
-            self.dirty[self.descriptors[args[0]]] = None
+            self.dirty = [p for p in self.dirty if p != path]
+            self.undo = [entry for entry in self.undo if entry[0] != path]
+        elif name == "write":
+            self.dirty.append(self.descriptors[args[0]])
         elif name in ("mkdir", "create"):
-            self.undo.append((args[0].parent, lambda: _vanish(args[0])))
-        elif name == "rename":
-            self.undo.append((args[0].parent, lambda: os.rename(args[1], args[0])))
-        elif name == "replace":
-            old = args[1].read_bytes() if args[1].exists() else None
-            self.undo.append((args[0].parent, lambda: _put_back(args[1], old)))
+            self.undo.append((args[0].parent, args[0], _vanish))
+        elif name in ("rename", "replace"):
+            old, new = args
+            was = self.replaced
+            self.dirty = [_moved(p, old, new) for p in self.dirty]
+            self.undo = [(_moved(d, old, new), _moved(p, old, new), f) for d, p, f in self.undo]
+            back = (lambda p: os.rename(p, old)) if name == "rename" else partial(_put_back, was)
+            self.undo.append((new.parent, new, back))
 
     def _lose(self) -> None:
         for path in self.dirty:
             if path.exists():
                 os.truncate(path, 0)
-        for _, back in reversed(self.undo):
-            back()
+        for _, path, back in reversed(self.undo):
+            if path.exists():
+                back(path)
+
+
+def _moved(path: Path, old: Path, new: Path) -> Path:
+    return new / path.relative_to(old) if path.is_relative_to(old) else path
 
 
 def _vanish(path: Path) -> None:
@@ -142,7 +149,7 @@ def _vanish(path: Path) -> None:
         path.unlink()
 
 
-def _put_back(path: Path, old: bytes | None) -> None:
+def _put_back(old: bytes | None, path: Path) -> None:
     if old is None:
         path.unlink()
     else:
@@ -215,4 +222,5 @@ def _die(root: Path, at: int, mode: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # children then copy fewer pages
     _main(Path(sys.argv[1]))

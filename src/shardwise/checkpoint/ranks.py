@@ -72,6 +72,10 @@ class Ranks:
         except RuntimeError as error:
             raise CheckpointError(f"the job's store is gone ({topic}): {error}") from error
 
+    def has_told(self, topic: str) -> bool:
+        """Whether rank 0 has told something; does not wait."""
+        return self.store is not None and self._has(self._key(topic, 0))
+
     def forget(self, topic: str) -> None:
         """Drop everybody's keys of a topic that all have heard."""
         if self.store is not None:

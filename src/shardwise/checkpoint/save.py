@@ -236,7 +236,12 @@ def _lead(disk: Files, root: Path, step: int, keep: int | None, taken: Plan, ran
 def _follow(disk: Files, root: Path, taken: Plan, ranks: Ranks) -> None:
     """What every other rank does: the files of its devices."""
     (begin,) = _heard(ranks, "begin")
-    written = _write_shards(disk, root / begin["name"], taken)
+    try:
+        written = _write_shards(disk, root / begin["name"], taken)
+    except CheckpointError:
+        if ranks.has_told("end"):  # given up meanwhile, and the directory removed: say why
+            _heard(ranks, "end")
+        raise
     ranks.tell("written", {"digest": taken.digest, "files": written})
     _heard(ranks, "end")
 
