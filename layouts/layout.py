@@ -278,7 +278,7 @@ def resolve(
         parsed.states["U"] | (old.unreduced - spoken),
         parsed.states["R"] | (old.reduced - spoken),
         parsed.states["V"] | (old.varying - spoken),
-        parsed.memory if parsed.memory != "device" or has is None else has.memory,
+        parsed.memory if parsed.names_memory or has is None else has.memory,
         parsed.at or old.at,
     )
 

@@ -6,7 +6,7 @@ layout  =  item*  states*  place*
 item    =  name axes | "..." axes          name: identifier, "_" or a number, for the reader only
 axes    =  ("/" axis)*                     major to minor
 states  =  "{" (U|R|V) ":" axis ("," axis)* ... "}"
-place   =  "@host" | "@disk" | "@" axis "=" int ("," int)*
+place   =  "@device" | "@host" | "@disk" | "@" axis "=" int ("," int)*
 
 >>> parse("batch/data ... vocab/tensor {U:pipe} @host").dims
 (('data',), ('tensor',))
@@ -26,14 +26,15 @@ STATES = {"U": "unreduced", "R": "reduced", "V": "varying"}
 _ITEM = re.compile(r"(?P<name>\.\.\.|[A-Za-z_]\w*|\d+)(?P<axes>(?:/[A-Za-z_]\w*)*)$")
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _STATE = re.compile(r"([A-Za-z]):([A-Za-z_]\w*(?:,[A-Za-z_]\w*)*)$")
-_PLACE = re.compile(r"@(?:(?P<memory>host|disk)|(?P<axis>[A-Za-z_]\w*)=(?P<at>-?\d+(?:,-?\d+)*))$")
+_PLACE = re.compile(r"@(?:(?P<memory>device|host|disk)|(?P<axis>[A-Za-z_]\w*)=(?P<at>-?\d+(?:,-?\d+)*))$")
 
 
 @dataclass(frozen=True)
 class Parsed:
     """A layout string's parts.
 
-    `rest` is the position of "...", or None; `rest_axes` what follows it.
+    `rest` is the position of "...", or None; `rest_axes` what follows it. `names_memory` says
+    whether a memory was written: "..." keeps the one that a tensor is in.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class Parsed:
     states: dict[str, frozenset[str]]
     memory: str
     at: At
+    names_memory: bool = False
 
 
 def parse(text: str) -> Parsed:
@@ -74,14 +76,14 @@ def parse(text: str) -> Parsed:
     dims: list[tuple[str, ...]] = []
     rest: int | None = None
     rest_axes: tuple[str, ...] = ()
-    memory = "device"
+    memory: str | None = None
     at: dict[str, tuple[int, ...]] = {}
     for token in plain.split():
         if token.startswith("@"):
             place = _PLACE.match(token)
             if place is None:
-                raise wrong(f"{token!r} is no place; write @host, @disk or @axis=0,-1")
-            if memory != "device" if place["memory"] else place["axis"] in at:
+                raise wrong(f"{token!r} is no place; write @device, @host, @disk or @axis=0,-1")
+            if memory is not None if place["memory"] else place["axis"] in at:
                 raise wrong(f"{token!r} is a second place of one kind")
             if place["memory"]:
                 memory = place["memory"]
@@ -106,8 +108,9 @@ def parse(text: str) -> Parsed:
         rest,
         rest_axes,
         {key: frozenset(value) for key, value in states.items()},
-        memory,
+        memory or "device",
         tuple(sorted(at.items())),
+        memory is not None,
     )
 
 

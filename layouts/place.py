@@ -19,6 +19,7 @@ from ..meshlib.errors import LayoutError, word
 from ..meshlib.mesh import Mesh
 from ..meshlib.source import user_line
 from .layout import Layout, LayoutLike, resolve
+from .memory import settled, with_memory
 from .reshard import check_dtype, cut
 from .sharded import ShardedTensor, make_type, wrap
 
@@ -62,10 +63,13 @@ def _shard(value: Any, mesh: Mesh, layout: LayoutLike) -> Any:
     where = mesh.shard_device
     if where.type == "meta":
         block = torch.empty(to.local_shape(value.shape, mesh), dtype=value.dtype, device="meta")
-        return wrap([block], mesh, to, value.shape)
+        return wrap(settled([block], mesh, to), mesh, to, value.shape)
     if mesh.transport == "distributed":
         _compare(value, mesh)
-    shards = [block.to(where) for block in cut(value, mesh, to)]
+    blocks = cut(value, mesh, to)
+    if to.memory != "device":
+        return wrap(settled(blocks, mesh, to), mesh, to, value.shape)
+    shards = [block.to(where) for block in blocks]
     if value.device == where:  # never alias the caller's memory: he may write to it
         shards = [block.clone() for block in shards]
     return wrap(shards, mesh, to, value.shape)
@@ -141,7 +145,7 @@ def from_local(shards: Tensor | Sequence[Tensor], mesh: Mesh, layout: LayoutLike
             f"from_local at {user_line()}: this process has shape, dtype, layout {text}; they",
         )
     shape = [n * mesh.group_size(axes) for n, axes in zip(first.shape, to.dims, strict=True)]
-    return wrap([b.to(mesh.shard_device) for b in blocks], mesh, to, shape)
+    return wrap(settled(blocks, mesh, to), mesh, to, shape)
 
 
 def from_callback(
@@ -177,7 +181,7 @@ def from_callback(
     local = to.local_shape(shape, mesh)
     if mesh.shard_device.type == "meta":
         block = torch.empty(local, dtype=dtype or torch.float32, device="meta")
-        return wrap([block], mesh, to, shape)
+        return wrap(settled([block], mesh, to), mesh, to, shape)
     made: dict[Any, Tensor] = {}
     shards = []
     for coord, place in zip(mesh.held, mesh.positions(tuple(sorted(to.unreduced))), strict=True):
@@ -190,9 +194,12 @@ def from_callback(
                     f"from_callback: fn gave shape {tuple(block.shape)} for index {index}, "
                     f"expected {local}"
                 )
-            made[key] = block.detach().to(device=mesh.shard_device, dtype=dtype or block.dtype)
+            where = mesh.shard_device if to.memory == "device" else block.device
+            made[key] = block.detach().to(device=where, dtype=dtype or block.dtype)
         block = made[key]
         shards.append(block.view_as(block) if place == 0 else torch.zeros_like(block))
+    if to.memory != "device":
+        shards = settled(shards, mesh, to)
     return wrap(shards, mesh, to, shape)
 
 
@@ -248,8 +255,12 @@ def constant(value: Any, like: ShardedTensor) -> ShardedTensor:
                 operands=[("tensor", str(tuple(tensor.shape))), ("beside", str(like))],
             )
         )
-    kind = make_type(like.mesh, resolve("...", tensor.ndim), tensor.shape, tensor.dtype, False)
+    memory = "device" if like.layout.memory == "device" else "host"
+    layout = with_memory(resolve("...", tensor.ndim), memory)
+    kind = make_type(like.mesh, layout, tensor.shape, tensor.dtype, False)
     where = like.mesh.shard_device
+    if memory == "host" and where.type == "cuda":
+        where = torch.device("cpu")
     if where.type == "meta" or tensor.device.type == "meta":
         tensor = torch.empty_like(tensor, device="meta")
     elif tensor.device != where:

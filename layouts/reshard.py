@@ -25,6 +25,7 @@ from ..meshlib.source import user_line
 from ..meshlib.transport import Axes
 from .convert import LETTER, TABLE, Save, convert
 from .layout import Layout, LayoutLike, State, make, resolve, with_state
+from .memory import settled, to_memory, with_memory
 from .sharded import DTYPES, HELPERS, ShardedTensor, Type, make_type
 
 Move = tuple[Axes, State]
@@ -187,11 +188,10 @@ def reshard_one(
         return x
     target.check(x.shape, x.mesh, "reshard")
     check_dtype(x.dtype, target, "reshard")
-    device = make(
-        target.dims, target.unreduced, target.reduced, target.varying, "device", target.at
-    )
-    if x.layout.memory != "device":
-        x = _place(x, "device")
+    if with_memory(x.layout, target.memory) is target:  # another memory, and nothing else
+        return to_memory(x, target.memory)
+    device = with_memory(target, "device")
+    x = to_memory(x, "device")
     route = find_route(x._type, device)
     if route is None:
         raise LayoutError(
@@ -209,7 +209,7 @@ def reshard_one(
                 x = follow(x, route, save, reduce_dtype)
         else:
             x = follow(x, route, save, reduce_dtype)
-    return x if target.memory == "device" else _place(x, target.memory)
+    return to_memory(x, target.memory)
 
 
 def check_dtype(dtype: torch.dtype, layout: Layout, what: str) -> None:
@@ -266,33 +266,13 @@ def _leaf(leaf: Any, layout: Any, options: dict[str, Any]) -> Any:
     return leaf if leaf is None or layout is None else reshard_one(leaf, layout, **options)
 
 
-def _place(x: ShardedTensor, memory: str) -> ShardedTensor:
-    """Move shards between device and host memory."""
-    if memory == "disk":
-        raise LayoutError(
-            f"reshard: {x} cannot be put on disk: "
-            "there is no disk store in this version; use @host",
-            kind="no rule",
-        )
-    where = x.mesh.shard_device if memory == "device" else torch.device("cpu")
-    pin = memory == "host" and x.mesh.shard_device.type == "cuda"
-    if x.mesh.shard_device.type == "meta":
-        shards = tuple(s.view_as(s) for s in x._shards)
-    else:
-        shards = tuple(s.to(where) for s in x._shards)
-        if pin:
-            shards = tuple(s.pin_memory() if not s.requires_grad else s for s in shards)
-    old = x.layout
-    layout = make(old.dims, old.unreduced, old.reduced, old.varying, memory, old.at)
-    return ShardedTensor(shards, x._type.with_layout(layout))
-
-
 class _Remesh(torch.autograd.Function):
     """The global value on another mesh; the derivative is the way back between the dual layouts."""
 
     @staticmethod
     def forward(before: Type, after: Type, *shards: Tensor) -> tuple[Tensor, ...]:
-        return tuple(cut(whole(ShardedTensor(shards, before)), after.mesh, after.layout))
+        blocks = cut(whole(ShardedTensor(shards, before)), after.mesh, after.layout)
+        return tuple(settled(blocks, after.mesh, after.layout))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -329,7 +309,7 @@ def whole(x: ShardedTensor) -> Tensor:
     kind = x._type.with_layout(
         make(layout.dims, layout.unreduced, layout.reduced, memory="device"), False
     )
-    shards: Sequence[Tensor] = [s.detach() for s in x._shards]
+    shards: Sequence[Tensor] = to_memory(x.detach(), "device")._shards
     route = find_route(kind, target)
     assert route is not None
     y = follow(ShardedTensor(tuple(shards), kind), route)
@@ -379,7 +359,8 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, *(cut(grad, ctx.kind.mesh, ctx.kind.layout.dual))
+        layout = ctx.kind.layout.dual
+        return None, *settled(cut(grad, ctx.kind.mesh, layout), ctx.kind.mesh, layout)
 
 
 def full_tensor(x: ShardedTensor) -> Tensor:

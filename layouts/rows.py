@@ -148,8 +148,8 @@ def join(a: str, b: str, role: str = "") -> str:
     elif tail:
         words.append("/".join(("...", *tail)))
     words.append(notation.write_states(states))
-    memory = next((p.memory for p in (two, one) if p.memory != "device"), "device")
-    words.append("" if memory == "device" else f"@{memory}")
+    memory = next((f"@{p.memory}" for p in (two, one) if p.names_memory), "")
+    words.append(memory)
     places = dict(one.at) | dict(two.at)
     words += [f"@{axis}={','.join(map(str, at))}" for axis, at in places.items()]
     return " ".join(w for w in words if w)

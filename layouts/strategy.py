@@ -23,6 +23,7 @@ from ..meshlib.errors import LayoutError, nearest
 from ..meshlib.mesh import Mesh
 from . import notation
 from .layout import Layout, make
+from .memory import to_memory, with_memory
 from .picture import Picture
 from .picture import Table as PictureTable
 from .reshard import reshard_one
@@ -155,10 +156,14 @@ class Strategy:
     def _used(self, role: str, leaf: Any) -> Any:
         if not isinstance(leaf, ShardedTensor):
             return leaf
-        if leaf.is_floating_point() and leaf.dtype != self.precision.compute:
-            leaf = leaf.to(self.precision.compute)
         row = self.compute_row(role)
         to = row_layout(row, leaf.shape, leaf.mesh, leaf.layout, f"compute row of {role}")
+        # A row that names no memory is one on the device, wherever the parameter rests.
+        to = with_memory(to, notation.parse(row).memory)
+        if leaf.layout.memory == "disk":
+            leaf = to_memory(leaf, to.memory)
+        if leaf.is_floating_point() and leaf.dtype != self.precision.compute:
+            leaf = leaf.to(self.precision.compute)
         wide = self.precision.reduce
         save: Any = self.option("save")
         return reshard_one(

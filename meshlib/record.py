@@ -223,6 +223,28 @@ def collective(
         log.collectives.append(entry)
 
 
+def copied(
+    kind: Literal["to_host", "to_device", "read", "write"],
+    size: float,
+    mesh: Mesh,
+    by: Context | None,
+    backward: bool = False,
+) -> None:
+    """Write one transfer between memories, its bytes per device, to every open log."""
+    by = by or context() or Context()
+    now = _PHASE.get()
+    entry = Copy(
+        kind,
+        size,
+        "backward" if backward and now == "forward" else now,
+        by.source or user_line(),
+        by.path,
+    )
+    for log in LOGS:
+        log.mesh = log.mesh or mesh
+        log.copies.append(entry)
+
+
 def op(name: str, inputs: tuple[str, ...], output: str, flops: float, mesh: Mesh) -> None:
     """Write one op to every open log."""
     by = context() or Context()

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layouts.layout import make
+from ..layouts.reshard import reshard_one
+from ..layouts.sharded import ShardedTensor
 from ..ops.nn.param import Param, size_of
 from .folder import Folder
 from .names import Source
@@ -157,6 +160,13 @@ def to_file(value: Tensor, source: Source, param: Param, sizes: Mapping[str, int
     return value.permute(inverse).reshape([length(n, sizes) for n in shape])
 
 
-def layer_of(value: Any, layer: int | None) -> Tensor:
-    """The global value of one layer of a parameter, on the CPU; a collective."""
-    return (value if layer is None else value[layer]).full_tensor().detach().cpu()
+def layer_of(value: ShardedTensor, layer: int | None) -> Tensor:
+    """The global value of one layer of a parameter, on the CPU; a collective.
+
+    Where an axis cuts the layers themselves, it gathers the parameter's whole stack.
+    """
+    if layer is not None:
+        dims = value.layout.dims
+        one: Any = reshard_one(value, make(((), *dims[1:]))) if dims[0] else value
+        value = one[layer]
+    return value.full_tensor().detach().cpu()

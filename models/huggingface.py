@@ -24,7 +24,6 @@ from torch import Tensor
 from ..layouts.place import from_callback
 from ..layouts.strategy import Strategy
 from ..layouts.tree import items
-from ..meshlib.distributed import agree
 from ..meshlib.errors import MeshError
 from ..meshlib.mesh import Mesh
 from ..ops.nn.param import Param
@@ -233,6 +232,10 @@ def save(
                 raise
     for name in [n for held in files.values() for n in held if n in waiting]:
         value(name)  # the other processes' part in gathering, or what a failed writer still owes
+    if mesh.transport != "distributed":
+        return
+    from ..meshlib.distributed import agree
+
     said = f"save to {os.fspath(path)}: {failure or 'written'}"
     try:
         agree(mesh.comm, hashlib.blake2b(said.encode(), digest_size=16).digest(), said)

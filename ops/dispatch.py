@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.layout import Layout, LayoutLike, resolve, with_state
+from ..layouts.memory import VIEWS, refuse_disk
 from ..layouts.place import constant
 from ..layouts.reshard import Route, find_route, follow, reshard_one
 from ..layouts.sharded import TORCH, ShardedTensor, Type, install, make_type
@@ -216,11 +217,13 @@ class Op:
                         operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],
                     )
                 )
+        if self.name not in VIEWS:
+            refuse_disk(self.name, kinds)
         if len({k.layout.memory for k in kinds}) > 1 and any(k.shape for k in kinds):
             raise LayoutError(
                 word(
                     "operands lie in different memories\n"
-                    "move one: sw.reshard(x, '... @host') or back",
+                    "move one: sw.reshard(x, '... @host') or '... @device'",
                     op=self.name,
                     source=user_line(),
                     operands=[(f"operand {i}", str(x)) for i, x in enumerate(tensors)],

@@ -1,7 +1,7 @@
 """FLOPs and peak bytes of what runs, counted under a dispatch mode; on meta tensors too.
 
 FLOPs come from torch's own registry of formulas. Bytes count each storage once, from its first use
-to the end of its life; workspace inside a kernel is not seen.
+to the end of its life; workspace inside a kernel is not seen. Memory of the host is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..layouts import memory
 
 
 class Meter(TorchDispatchMode):
@@ -30,7 +32,9 @@ class Meter(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's storage from now on."""
+        """Count a tensor's storage from now on, if it is device memory."""
+        if memory.is_away(tensor):
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:
@@ -57,7 +61,10 @@ class Meter(TorchDispatchMode):
         formula = self._formulas.get(getattr(func, "overloadpacket", func))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        off = memory.any_away(args)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                if off:  # what is computed from host memory lies there
+                    memory.away(leaf)
                 self.hold(leaf)
         return out

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import optree
 import torch
 
+from ..layouts.memory import away
 from ..layouts.picture import Bars, Lines, Part
 from ..layouts.sharded import DTYPES, ShardedTensor, make_type
 from ..layouts.show import register
@@ -299,6 +300,8 @@ def abstract(tree: Any, mesh: Mesh | None = None) -> Any:
         to = abstract_twin(mesh or x.mesh)
         kind = make_type(to, x.layout, x.shape, x.dtype, x._type.grad)
         shard = torch.empty(kind.local_shape, dtype=x.dtype, device="meta")
+        if x.layout.memory != "device":
+            away(shard)
         made = ShardedTensor((shard,), kind)
         path = getattr(x, "_path", None)
         if path is not None:
@@ -348,11 +351,11 @@ def plan(f: Callable[..., Any], *args: Any, mesh: Mesh | None = None, **kwargs: 
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of the ShardedTensors in a tree."""
+    """Bytes that one device holds of the ShardedTensors in a tree; what is off it counts nothing."""
     return sum(
         math.prod(x.local_shape) * x.element_size()
         for x in optree.tree_leaves(tree)
-        if isinstance(x, ShardedTensor)
+        if isinstance(x, ShardedTensor) and x.layout.memory == "device"
     )
 
 

@@ -32,6 +32,7 @@ from .masked import multi as multi
 from .master import master as master
 from .muon import muon as muon
 from .muon import scale_by_muon as scale_by_muon
+from .offload import offload as offload
 from .orthogonal import newton_schulz as newton_schulz
 from .rounding import stochastic as stochastic
 from .scale import add_decayed_weights as add_decayed_weights

@@ -48,6 +48,9 @@ class Transform:
         grads: the gradient layouts it wants, a function of the parameters: `value_and_grad(grads=)`
             takes it. Others are brought to them.
         fused: (grads, state, params) -> (params, state) in one pass, or None.
+        inside: of a wrapper that moves data between devices, a function that gives the same
+            wrapper around its changed inner transform: `offload` goes in there. None elsewhere.
+        holds_params: whether the state holds the parameters, so that a step reads none but it.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Transform:
     needs: Needs = "elementwise"
     grads: Any = settled
     fused: Callable[..., Any] | None = None
+    inside: Callable[[Callable[[Transform], Transform]], Transform] | None = None
+    holds_params: bool = False
 
     def step(self, grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
         """New parameters and state.

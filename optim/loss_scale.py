@@ -109,4 +109,6 @@ def loss_scale(
         new, after = fused(grads, state, params)
         return moved(params, new), after
 
-    return Transform(t.name, init, update, t.needs, t.grads, fused)
+    # Whether a leaf is updated hangs on all leaves: a sum over everything, at least.
+    needs = "reduction" if t.needs == "elementwise" else t.needs
+    return Transform(t.name, init, update, needs, t.grads, fused)

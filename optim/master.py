@@ -57,4 +57,4 @@ def master(t: Transform, *, dtype: torch.dtype = torch.float32) -> Transform:
         new = elementwise(narrow, [grads, params, copies], params, olds=[1])[0]
         return new, {"master": copies, "inner": inner}
 
-    return Transform(t.name, init, update, t.needs, t.grads, fused)
+    return Transform(t.name, init, update, t.needs, t.grads, fused, holds_params=True)

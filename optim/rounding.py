@@ -49,17 +49,14 @@ def stochastic(t: Transform, *, seed: int = 0) -> Transform:
         inner = {k: v for k, v in state.items() if k != "key"}
         updates, after = t.update(grads, inner, params)
         now = step_key(key, state["step"])
-        paths = iter(tree.items(params))
-
-        def bits(p: ShardedTensor | None) -> Any:
-            path, _ = next(paths)
-            is_rounded = p is not None and p.dtype is torch.bfloat16
-            return noise(random.fold_in(now, path), p) if is_rounded and p is not None else p
-
-        drawn = tree.map(lambda p: p, params)
-        values = [bits(p) for p in tree.leaves(params)]
-        at = iter(values)
-        drawn = tree.map(lambda p: next(at), params)
+        items = [(path, p) for path, p in tree.items(params) if p is not None]
+        values = iter(
+            [
+                noise(random.fold_in(now, path), p) if p.dtype is torch.bfloat16 else p
+                for path, p in items
+            ]
+        )
+        drawn = tree.map(lambda _: next(values), params)  # skips None
         return elementwise(_reach, [updates, params, drawn], params, olds=[None])[0], {
             **after,
             "key": key,

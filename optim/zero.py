@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import optree
@@ -76,7 +77,8 @@ def zero(t: Transform, stage: int, *, axis: str | Sequence[str] = "data") -> Tra
         raise ValueError(f"zero: stage is one of {STAGES}, got {stage}")
     if stage == 0:
         return t
-    return _cut_already(t, axes) if stage == 3 else _cut_here(t, stage, axes)
+    made = _cut_already(t, axes) if stage == 3 else _cut_here(t, stage, axes)
+    return replace(made, inside=lambda change: zero(change(t), stage, axis=axes))
 
 
 def _cut_here(t: Transform, stage: int, axes: tuple[str, ...]) -> Transform:
@@ -193,6 +195,8 @@ def parts(params: Any, axes: Sequence[str], *, own: bool = False) -> Any:
             with torch.no_grad():
                 small[i] = reshard_one(p, to)
             views.append(i)
+        elif own and isinstance(p, ShardedTensor):  # the step inside gives up its own object only
+            small[i] = ShardedTensor(p._shards, p._type)
     if own:
         for i, x in zip(views, copies([small[i] for i in views]), strict=True):
             small[i] = x

@@ -8,8 +8,9 @@ repeated: their shards are still there.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ...layouts import saving
+from ...layouts import memory, saving
 from ...layouts.sharded import ShardedTensor
 from ...meshlib import record
 from .leaves import under_functorch
@@ -55,7 +56,8 @@ def remat(
         recompute: "all" keeps the arguments only; "cheap" also the results of matmuls and
             attention, so that only what is cheap runs again; "none" keeps everything.
         offload: what is kept for backward goes to the host, pinned beside a GPU, and comes back
-            when needed.
+            when needed: with "all" the activations among the arguments, with "none" everything
+            that the ops save. Parameters stay where they are.
 
     Cost: the forward of `f` once more, its collectives too, in the phase "recompute"; "cheap" no
     matmuls. A gather with `save="shard"` inside is simply part of what runs again.
@@ -76,20 +78,58 @@ def remat(
     def repeated(*args: Any, **kwargs: Any) -> Any:
         if under_functorch() or not torch.is_grad_enabled():
             return f(*args, **kwargs)
-        with _to_host(args) if offload else nullcontext():
+        if not offload:
+            return _again(f, args, kwargs, recompute)
+        hooks = torch.autograd.graph.saved_tensors_hooks(_Leaving(args, kwargs), _return)
+        with saving.under(hooks):
             if recompute == "none":
                 return f(*args, **kwargs)
-            runs = itertools.count()
-
-            def body() -> Any:
-                again = record.phase("recompute") if next(runs) else nullcontext()
-                with saving.suspended(), again:
-                    return f(*args, **kwargs)
-
-            contexts: Any = {"context_fn": _cheap} if recompute == "cheap" else {}
-            return checkpoint(body, use_reentrant=False, preserve_rng_state=False, **contexts)
+            return _again(f, args, kwargs, recompute, offload=True)
 
     return repeated
+
+
+def _again(
+    f: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    recompute: Recompute,
+    offload: bool = False,
+) -> Any:
+    """`f` under torch's checkpoint.
+
+    With `offload` its activations go in as tensors, which the checkpoint saves through the hooks;
+    otherwise the function simply holds them. Parameters are held in both cases: they exist anyway.
+    """
+    leaves, spec = optree.tree_flatten((args, kwargs), none_is_leaf=True)
+    sent = [i for i, x in enumerate(leaves) if offload and _is_activation(x)]
+    shards = [s for i in sent for s in leaves[i]._shards]
+    kinds = [(leaves[i]._type, len(leaves[i]._shards)) for i in sent]
+    held = [None if i in set(sent) else x for i, x in enumerate(leaves)]
+    runs = itertools.count()
+
+    def body(*given: Tensor) -> Any:
+        again = record.phase("recompute") if next(runs) else nullcontext()
+        values, at = list(held), iter(given)
+        for i, (kind, count) in zip(sent, kinds, strict=True):
+            values[i] = ShardedTensor(tuple(next(at) for _ in range(count)), kind)
+        inside, named = spec.unflatten(values)
+        with saving.suspended(), again:
+            return f(*inside, **named)
+
+    contexts: Any = {"context_fn": _cheap} if recompute == "cheap" else {}
+    del args, kwargs, leaves
+    return checkpoint(body, *shards, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _is_activation(x: Any) -> bool:
+    """Whether a value was made on the way here; parameters have a path, or are leaves."""
+    return (
+        isinstance(x, ShardedTensor)
+        and x.requires_grad
+        and getattr(x, "_path", None) is None
+        and not any(s.is_leaf for s in x._shards)
+    )
 
 
 @lru_cache(maxsize=1)
@@ -108,53 +148,76 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
 _cheap = partial(create_selective_checkpoint_contexts, _policy)
 
 
-def _to_host(args: Any) -> AbstractContextManager[None]:
-    """Hooks that keep what is saved on the host; a gather that asked for it stays its shard."""
-    shards = next(
-        (len(x._shards) for x in optree.tree_leaves(args) if isinstance(x, ShardedTensor)), 1
-    )
-    return saving.under(torch.autograd.graph.saved_tensors_hooks(partial(_leave, shards), _return))
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Parked:
-    """A saved tensor on the host, where it came from, and the number of devices in this process."""
+    """A saved tensor on the host, where it came from, and the number of devices in this process.
 
-    host: Tensor | None  # None: only its shape is planned
-    like: tuple[Any, ...]  # size, stride, dtype
+    Attributes:
+        host: the copy; only its shape is there where a step is planned.
+        back: the tensor on its device again, while somebody has it.
+    """
+
+    host: Tensor
     device: torch.device
     devices: int
+    by: record.Context | None
+    back: Any = None
 
     def copied(self, kind: Literal["to_host", "to_device"]) -> None:
         """Write the transfer to the open records, its bytes per device."""
-        by = record.context()
-        if by is not None:
-            size, _, dtype = self.like
-            count = size.numel() * dtype.itemsize / self.devices
-            phase: record.Phase = "forward" if kind == "to_host" else "backward"
-            for log in record.LOGS:
-                log.copies.append(record.Copy(kind, count, phase, by.source, by.path))
+        size = self.host.numel() * self.host.element_size() / self.devices
+        phase: record.Phase = "forward" if kind == "to_host" else "backward"
+        by = self.by or record.context() or record.Context()
+        for log in record.LOGS:
+            log.copies.append(record.Copy(kind, size, phase, by.source, by.path))
 
 
-def _leave(devices: int, tensor: Tensor) -> Any:
-    packed = saving.pack(tensor)
-    if not isinstance(packed, Tensor) or tensor.device.type == "cpu":
-        return packed
-    like = tensor.size(), tensor.stride(), tensor.dtype
-    host = None
-    if not tensor.is_meta:
-        host = torch.empty(tensor.size(), dtype=tensor.dtype, device="cpu", pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-    parked = _Parked(host, like, tensor.device, devices)
-    parked.copied("to_host")
-    return parked
+class _Leaving:
+    """The pack hook of one call: what is saved goes to the host, each tensor once.
+
+    What stays: parameters and other leaves, whose owner keeps them on the device anyway; what is on
+    the host already; gathers that asked to be done again.
+    """
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        leaves = optree.tree_leaves((args, kwargs))  # pyright: ignore
+        ours = [x for x in leaves if isinstance(x, ShardedTensor)]
+        self.devices = len(ours[0]._shards) if ours else 1
+        kept = [x for x in ours if getattr(x, "_path", None) is not None]
+        self.kept = {s.untyped_storage()._cdata for x in kept for s in x._shards}
+        self.parked: dict[Any, weakref.ref[_Parked]] = {}
+
+    def __call__(self, tensor: Tensor) -> Any:
+        packed = saving.pack(tensor)
+        if not isinstance(packed, Tensor) or (tensor.is_leaf and tensor.requires_grad):
+            return packed
+        storage = tensor.untyped_storage()._cdata
+        if storage in self.kept or memory.is_away(tensor) or not tensor.numel():
+            return packed
+        key = storage, tensor._version, tensor.size(), tensor.stride(), tensor.storage_offset()
+        known = self.parked.get(key, lambda: None)()
+        if known is not None:
+            return known
+        with memory.modes_off():
+            host = memory.on_host(tensor, tensor.device)
+            memory.away(host.copy_(tensor, non_blocking=True))
+        parked = _Parked(host, tensor.device, self.devices, record.context())
+        self.parked[key] = weakref.ref(parked)
+        # A storage that is gone may be followed by another at its place.
+        weakref.finalize(tensor.untyped_storage(), self.parked.pop, key, None)
+        parked.copied("to_host")
+        return parked
 
 
 def _return(packed: Any) -> Tensor:
     if not isinstance(packed, _Parked):
         return saving.unpack(packed)
+    ready = packed.back and packed.back()
+    if ready is not None:
+        return ready
     packed.copied("to_device")
-    if packed.host is None:
-        size, stride, dtype = packed.like
-        return torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
-    return packed.host.to(packed.device, non_blocking=True)
+    host = packed.host
+    with memory.modes_off():
+        back = torch.empty_like(host, device=packed.device).copy_(host, non_blocking=True)
+    packed.back = weakref.ref(back)
+    return back.view_as(back)  # under a meter this is what counts it

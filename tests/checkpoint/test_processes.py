@@ -138,6 +138,7 @@ def dies(root: str, victim: int) -> None:
     on = sw.make_mesh({"data": 2})
     files.CURRENT = Watched()
     sw.checkpoint.save(root, tree(on, 1), step=1)
+    tree(on, 1)["w"].full_tensor()  # both are through, before one of them dies
     if int(os.environ["RANK"]) == victim:
         files.CURRENT = Killing()
     error = raised(lambda: sw.checkpoint.save(root, tree(on, 2), step=2))

@@ -130,7 +130,7 @@ def test_it_prints_mesh_layouts_collectives_scores_and_a_sample(tmp_path: Path) 
 
 
 def test_it_learns_past_the_unigram_baseline(tmp_path: Path) -> None:
-    file = written(tmp_path, "one", **{"steps = 8": "steps = 150", "lr = 3e-3": "lr = 1e-2"})
+    file = written(tmp_path, "one", **{"steps = 8": "steps = 150", "lr = 3e-3": "lr = 5e-3"})
     found, shown = curve(str(file))
     unigram = next(line for line in shown.splitlines() if "unigram" in line)
     assert found.validation[-1][1] < float(unigram.split("│")[2]) - 0.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import compare
+from canaries import compare
 
 from shardwise.kernels import norms, norms_triton
 
@@ -34,8 +34,11 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("backwards", [False, True], ids=["", "reversed"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backwards"),
+    [(torch.float32, False), (torch.float32, True), (torch.float16, False)],
+    ids=["float32", "float32 reversed", "float16"],
+)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_kernel_equals_its_twin(

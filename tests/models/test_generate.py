@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from parity import redraw
+from processes import launch
 from torch import Tensor
 
 import shardwise as sw
@@ -27,6 +28,18 @@ REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "intermediate_size": 32,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
+        },
+    ),
+    "mistral": (  # sees its last 4 tokens only
+        "MistralForCausalLM",
+        "MistralConfig",
+        {
+            **COMMON,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "sliding_window": 4,
         },
     ),
     "gpt2": (
@@ -178,9 +191,11 @@ def test_a_step_moves_one_token_whatever_the_cache_holds(folders: Find) -> None:
     seen = []
     for size in (7, 1, 1):
         piece = sw.shard(prompts(2, size), mesh, model.strategy["tokens"])
+        planned = sw.plan(model.decode, params, piece, cache)  # type: ignore[arg-type]
         with sw.record() as plan:
             _, cache = model.decode(params, piece, cache)  # type: ignore[misc]
         seen.append(plan.elements())
+        assert planned.elements() == plan.elements()
     assert seen[1] == seen[2] == seen[0] / 7
     assert seen[1] == (2 * 2 + 1) * 2 * 16  # two all_reduces a layer and the embedding's
 
@@ -262,6 +277,36 @@ def test_greedy_ties_go_to_the_first_and_padding_is_never_chosen() -> None:
     for layout in ("b v", "b v/tensor"):
         on = sw.shard(x, sw.make_mesh({"tensor": 2}), layout)
         assert choose(on, None, 3).full_tensor().tolist() == [1, 2]
+
+
+def answers(index: int) -> list[list[int]]:
+    """Greedy and drawn tokens of a small model on a mesh of this process, or of these processes."""
+    kinds = (strategies.fsdp() * strategies.tensor_1d(), strategies.tensor_1d())
+    axes: dict[str, int] = ({"data": 2, "tensor": 2}, {"tensor": 4})[index]
+    config = models.GPT2Config(layer=2, embed=16, heads=4, vocab=22, position=16, pad={"vocab": 8})
+    model = models.gpt2(config, kinds[index].replace(precision=DOUBLE))
+    params = model.init(sw.random.key(0), sw.make_mesh(axes))
+    params = sw.tree.map(lambda p: p * 20 if p.ndim > 1 else p, params)
+    options: dict[str, Any] = {
+        "key": sw.random.key(1),
+        "temperature": 1.0,
+        "top_k": 9,
+        "top_p": 0.9,
+    }
+    return [
+        row
+        for given in ({}, options)
+        for row in models.generate(model, params, prompts(3), max_new_tokens=8, **given).tolist()
+    ]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_agree_on_each_token(index: int) -> None:
+    wanted = answers(index)
+    assert len({tuple(row[5:]) for row in wanted}) > 3
+    for process in launch(answers, 4, index):
+        assert process.value == wanted
 
 
 def test_stop_ends_sequences_one_by_one(folders: Find) -> None:

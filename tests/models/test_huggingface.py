@@ -219,6 +219,37 @@ def test_padding_changes_nothing_and_is_cut_off(
     same_bits(tensors(tmp_path / "out"), tensors(path))
 
 
+@pytest.mark.parametrize(
+    ("axes", "strategy"),
+    [
+        ({"data": 4}, strategies.fsdp()),  # biases [3 heads, head_dim 4/data]: inside the heads
+        ({"pipe": 2, "tensor": 3}, strategies.tensor_1d("tensor").replace(layer="pipe")),
+    ],
+)
+def test_cuts_inside_heads_and_of_layers(
+    axes: dict[str, int], strategy: sw.Strategy, tmp_path: Path
+) -> None:
+    module = reference("gpt2", n_embd=12, n_head=3)
+    path = written(module, tmp_path / "in")
+    mesh = sw.make_mesh(axes)
+    model, params = models.load(path, mesh, strategy)
+    _, whole = models.load(path, sw.make_mesh({"data": 1}), strategies.data())
+    cut = params["blocks"]["b_q"].layout.dims
+    assert cut == (((), (), ("data",)) if "data" in axes else (("pipe",), ("tensor",), ()))
+    for (where, a), b in zip(sw.tree.items(params), sw.tree.leaves(whole), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor()), where
+    models.save(tmp_path / "out", model, params)
+    same_bits(tensors(tmp_path / "out"), tensors(path))
+
+
+def test_parameters_of_another_model_are_refused(tmp_path: Path, folders: Find) -> None:
+    model, params = load(folders("gpt2")[1])
+    with pytest.raises(ValueError, match="not this model's: pos"):
+        models.save(tmp_path / "out", model, {k: v for k, v in params.items() if k != "pos"})
+    with pytest.raises(ValueError, match=r"embed has shape \(32, 16\), not \(24, 16\)"):
+        models.save(tmp_path / "out", model, {**params, "embed": params["pos"]})
+
+
 def test_many_files_and_an_index(tmp_path: Path) -> None:
     module = reference("llama")
     path = written(module, tmp_path / "in", max_shard_size="8KB")
@@ -473,8 +504,13 @@ def load_and_save(path: str, out: str) -> dict[str, Any]:
     with reads() as sizes:
         model, params = models.load(path, mesh, strategy)
     models.save(out, model, params)
+    refused = ""
+    try:
+        models.save(out, model, params)
+    except sw.MeshError as error:
+        refused = str(error)
     held = sum(p.to_local().numel() for p in sw.tree.leaves(params))
-    return {"read": sum(sizes), "peak": max(seen), "held": held}
+    return {"read": sum(sizes), "peak": max(seen), "held": held, "refused": refused}
 
 
 @pytest.mark.processes
@@ -487,6 +523,7 @@ def test_each_process_holds_its_own_part_and_one_writes(tmp_path: Path) -> None:
     for process in ended:
         value = process.value
         assert value["read"] == value["held"] <= total // 2 + total // 50
+        assert "nothing is overwritten" in value["refused"]  # in both, though one writes
         assert value["peak"] < total * 4 * 0.65  # its half, a slice, and change
     same_bits(tensors(tmp_path / "out"), tensors(path))
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

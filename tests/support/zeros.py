@@ -49,6 +49,12 @@ def _deep(mesh: dict[str, int]) -> Place:
 PLACES = {
     "data": _place(None, {"data": 4}),
     "data x 1D": _place(s.tensor_1d(), {"data": 2, "tensor": 2}),
+    "two data axes": Place(
+        s.data() * s.data("depth"),
+        s.fsdp() * s.fsdp("depth"),
+        {"data": 2, "depth": 2},
+        ("data", "depth"),
+    ),
     "data x sequence": _place(s.sequence_parallel(), {"tensor": 2, "data": 2}),
     "data x 2D": _place(s.tensor_2d(method="direct"), {"data": 2, **SQUARE}),
     "2.5D over depth": Place(
@@ -74,11 +80,13 @@ def start(dtype: torch.dtype = torch.float64) -> Any:
     return sw.tree.map(lambda x: x.to(dtype), drawn(of.make(of.config, s.data())))
 
 
-def placed(place: Place, stage: int, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any]:
+def placed(
+    place: Place, stage: int, dtype: torch.dtype = torch.float64, tied: str = "per_use"
+) -> tuple[Any, Any, Any]:
     """The model, its parameters and its batch."""
     of = of_gpt2()
     strategy = place.cut if stage == 3 else place.plain
-    strategy = strategy.replace(precision=sw.Precision(dtype, dtype, dtype))
+    strategy = strategy.replace(precision=sw.Precision(dtype, dtype, dtype), tied=tied)
     mesh = sw.make_mesh(place.mesh)
     model = of.make(of.config, strategy)
     layouts = strategy.layouts(model.declaration, of.config, mesh)
@@ -96,9 +104,10 @@ def train(
     dtype: torch.dtype = torch.float64,
     donate: bool = False,
     micro: int = 1,
+    tied: str = "per_use",
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Gradients, parameters and state after each step."""
-    model, params, batch = placed(place, stage, dtype)
+    model, params, batch = placed(place, stage, dtype, tied)
     opt = optim.zero(t, stage, axis=place.axes)
     state = opt.init(params)
     vg = sw.value_and_grad(model.loss, grads=opt.grads)

@@ -1,13 +1,13 @@
-"""What interpreter tests share: canaries around every buffer, and grids run in reverse.
+"""Canaries around every buffer of a launch, and, under Triton's interpreter, grids in reverse.
 
-TRITON_INTERPRET=1 must be set before Triton is imported, so these tests have a process of their own
-(test_interpreter.py starts it).
+TRITON_INTERPRET=1 must be set before Triton is imported, so interpreter tests have a process of
+their own (test_interpreter.py starts it). The canaries serve the device tests too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from shardwise.kernels import launch
 GUARD = 4096  # elements on either side: more than any tile of these tests
 
 
-def guarded(x: Tensor) -> Tensor:
-    """A copy of x inside a larger buffer that holds NaN (or a huge integer) all around it."""
+def guarded(x: Tensor, shift: int = 0) -> Tensor:
+    """A copy of x in a larger buffer of NaN (or a huge integer), `shift` elements off alignment."""
     fill = float("nan") if x.is_floating_point() else 1 << 40
-    buffer = torch.full((x.numel() + 2 * GUARD,), fill, dtype=x.dtype)
-    inner = buffer[GUARD : GUARD + x.numel()].view(x.shape)
+    buffer = torch.full((x.numel() + 2 * GUARD + shift,), fill, dtype=x.dtype, device=x.device)
+    inner = buffer[GUARD + shift : GUARD + shift + x.numel()].view(x.shape)
     inner.copy_(x)
     return inner
 
@@ -37,7 +37,7 @@ class Canaries:
         dtype = dtype or like.dtype
         numel = int(torch.Size(shape).numel())
         fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-        buffer = torch.full((numel + 2 * GUARD,), fill, dtype=dtype)
+        buffer = torch.full((numel + 2 * GUARD,), fill, dtype=dtype, device=like.device)
         self.buffers.append((buffer, numel))
         return buffer[GUARD : GUARD + numel].view(tuple(shape))
 
@@ -53,27 +53,33 @@ class Canaries:
 
 
 @contextmanager
-def watched(*modules: Any, backwards: bool = False) -> Iterator[None]:
+def reversed_grids() -> Iterator[None]:
+    """The interpreter runs the last program first."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    real = builder.set_grid_idx
+    builder.set_grid_idx = lambda *at: real(
+        *(n - 1 - i for n, i in zip(builder.grid_dim, at, strict=True))
+    )
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = real
+
+
+@contextmanager
+def watched(*modules: Any, backwards: bool = False) -> Iterator[Canaries]:
     """Run launchers of `modules` with canaries; `backwards`: the last program runs first."""
-    from triton.runtime import interpreter
-
-    builder, canaries = interpreter.interpreter_builder, Canaries()
+    canaries, real = Canaries(), launch.empty
     places = [m for m in (launch, *modules) if hasattr(m, "empty")]
-    real_empty, real_index = launch.empty, builder.set_grid_idx
-
-    def mirrored(*at: int) -> None:
-        real_index(*(n - 1 - i for n, i in zip(builder.grid_dim, at, strict=True)))
-
     try:
         for module in places:
             module.empty = canaries.empty
-        if backwards:
-            builder.set_grid_idx = mirrored
-        yield
+        with reversed_grids() if backwards else nullcontext():
+            yield canaries
     finally:
-        builder.set_grid_idx = real_index
         for module in places:
-            module.empty = real_empty
+            module.empty = real
     canaries.check()
 
 
