@@ -12,8 +12,11 @@ lse: it is smooth, where the largest logit is not, and the gradient needs nothin
 them; its backward forms them again: four matmuls of that size, and any cut of the vocabulary.
 `linear_cross_entropy` has the whole vocabulary and the weight of each row in the loss, so it makes
 the gradients while it has the logits: three matmuls, what a loss without chunks costs, without
-ever holding more than chunk x vocabulary logits. Logits have the dtype of `hidden`, all sums are
-formed in float32.
+ever holding more than chunk x vocabulary logits. Its loss is the sum of scale times each row's
+loss: a mean has scale 1/count, and a row that does not count has scale 0, whatever its label.
+
+Shapes: logits [..., vocab], labels [...]; in the linear ops hidden [rows, width], weight [vocab,
+width], labels and scale [rows]. Logits have the dtype of `hidden`; all sums are formed in float32.
 """
 
 from __future__ import annotations

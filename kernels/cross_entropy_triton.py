@@ -5,6 +5,8 @@ in reverse, so that the rows which the forward read last are still in the cache.
 reads a row twice and writes its gradient over it; the second read comes out of the cache.
 """
 
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Triton's annotations know neither a launch's num_warps nor that tl.range is iterated over.)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -45,7 +47,7 @@ def row_lse(at, SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     return shift + tl.log(tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def parts_forward(
     logits, labels, lse, target, start,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -59,7 +61,7 @@ def parts_forward(
     tl.store(lse + row, row_lse(at, SIZE, BLOCK, STAGES))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "rows"])
 def parts_grad(
     grad_lse, grad_target, logits, labels, lse, result, start, rows,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +90,7 @@ def loss_and_grad(
     s = tl.load(scale + row)
     lse = row_lse(at, SIZE, BLOCK, STAGES)
     tl.store(loss + row, lse - wanted)
-    for first in range(0, SIZE, BLOCK):
+    for first in tl.range(0, SIZE, BLOCK, num_stages=STAGES):
         col = first + tl.arange(0, BLOCK)
         v = tl.load(at + col, mask=col < SIZE, other=0.0).to(tl.float32)
         grad = tl.where(col == label, tl.exp(v - lse) - 1.0, tl.exp(v - lse)) * s

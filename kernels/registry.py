@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -128,7 +128,7 @@ def by_twin(name: str) -> Derivative:
                 filled[place] = real
             return _tuple(kernel.twin(*filled))
 
-        results, pull = torch.func.vjp(of_reals, *(values[p] for p in places))
+        results, pull = torch.func.vjp(of_reals, *(values[p] for p in places))[:2]
         wanted = [kept[f"grad_{o}"] for o in kernel.outputs]
         cotangents = tuple(
             torch.zeros_like(r) if w is None else w for r, w in zip(results, wanted, strict=True)
@@ -238,13 +238,15 @@ def _autograd(
             found = dict(zip(tensors, wanted, strict=True))
             return (None, *(found.get(i) for i in range(len(inputs))))
 
+    node: Any = Node  # what `apply` is, torch's stubs do not say of a single-level function
+
     def call(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(
             _has_tangent(args[i]) for i in tensors[: len(args)]
         ):
             return twin(*args)
         with enable_single_level_autograd_function():
-            return Node.apply(keys, *args)
+            return node.apply(keys, *args)
 
     return call
 

@@ -30,7 +30,7 @@ from ..meshlib.mesh import Mesh
 from . import spill
 from .convert import in_front
 from .layout import Layout, make
-from .sharded import ShardedTensor, Type
+from .sharded import DTYPES, ShardedTensor, Type
 
 Memory = Literal["device", "host", "disk"]
 Kind = Literal["to_host", "to_device", "read", "write"]
@@ -84,6 +84,12 @@ def away(tensor: Tensor) -> Tensor:
 def is_away(tensor: Tensor) -> bool:
     """Whether a tensor is known to lie outside device memory."""
     return bool(_AWAY) and tensor.untyped_storage()._cdata in _AWAY
+
+
+def home(tensor: Tensor) -> Tensor:
+    """Take back that a tensor is away: a planner asks what would be if it were on the device."""
+    _AWAY.discard(tensor.untyped_storage()._cdata)
+    return tensor
 
 
 def any_away(args: Any) -> bool:
@@ -277,7 +283,9 @@ def settled(shards: Sequence[Tensor], mesh: Mesh, layout: Layout) -> list[Tensor
     """New shards, wherever they were made, in the memory of their layout."""
     if layout.memory == "device":
         return [s if s.device == mesh.shard_device else s.to(mesh.shard_device) for s in shards]
-    return run(mesh, shards, "device", layout.memory)
+    block = "x".join(map(str, shards[0].shape)) or "single"
+    name = f"a tensor of {DTYPES.get(shards[0].dtype)} in {block} blocks, '{layout}'"
+    return run(mesh, shards, "device", layout.memory, name)
 
 
 def refuse_disk(name: str, kinds: Sequence[Type]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
@@ -71,7 +72,11 @@ def _local(info: Info) -> Local:
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
 
-    return attend
+    def attend_on_gpu(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        with sdpa_kernel(_KERNELS, set_priority=True):
+            return attend(q, k, v, mask)
+
+    return attend_on_gpu if info.mesh.device.type == "cuda" else attend
 
 
 def _flops(info: Info) -> float:
@@ -80,6 +85,14 @@ def _flops(info: Info) -> float:
     return 2.0 * points * (info.size("d") + info.size("e"))
 
 
+# cuDNN's first: 1.7 ms against 2.5 of flash, forward and backward, causal, bf16, 32 heads over 4,
+# 8 x 2048 tokens, head_dim 64, on an H100 with torch 2.11.
+_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _ATTENTION = Op("scaled_dot_product_attention", _rule, _local, flops=_flops)
 
 

@@ -8,13 +8,14 @@ costs nothing and may be cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor, install
+from ..meshlib.errors import LayoutError
 from .dispatch import Info, Local, Op, export
 from .rules import Rule, letters
 from .shape import one_dim, view_rule
@@ -229,4 +230,17 @@ def unbind(x: ShardedTensor, dim: int = 0) -> tuple[ShardedTensor, ...]:
     return _UNBIND((x,), (one_dim(dim, x.ndim),))
 
 
-install("__iter__", lambda x: iter(unbind(x)))
+class NotIterableError(LayoutError, TypeError):
+    """A cut dim has no slices to go over; a TypeError too: code asks so what can be iterated."""
+
+
+def _iterate(x: ShardedTensor) -> Iterator[ShardedTensor]:
+    try:
+        return iter(unbind(x))
+    except LayoutError as error:
+        raise NotIterableError(
+            str(error), kind=error.kind, op=error.op, source=error.source, fixes=error.fixes
+        ) from None
+
+
+install("__iter__", _iterate)

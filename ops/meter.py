@@ -60,7 +60,8 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula = self._formulas.get(getattr(func, "overloadpacket", func))
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            counted = _with_all_heads(args) if "attention" in str(func) else args
+            self.flops += formula(*counted, **(kwargs or {}), out_val=out)
         off = memory.any_away(args)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
@@ -68,3 +69,14 @@ class Meter(TorchDispatchMode):
                     memory.away(leaf)
                 self.hold(leaf)
         return out
+
+
+def _with_all_heads(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Operands of attention as torch's formulas want them: as many key heads as query heads."""
+    heads = max(x.shape[1] for x in args if isinstance(x, Tensor) and x.ndim == 4)
+    return tuple(
+        torch.empty(x.shape[0], heads, *x.shape[2:], device="meta", dtype=x.dtype)
+        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] != heads
+        else x
+        for x in args
+    )

@@ -140,7 +140,7 @@ class _Run:
                 return [(x @ y).to(wide) if wide else x @ y for x, y in pairs]
             for total, (x, y) in zip(onto, pairs, strict=True):
                 if total.dtype == x.dtype:
-                    torch.baddbmm(total, x, y, out=total)
+                    (torch.addmm if x.ndim == 2 else torch.baddbmm)(total, x, y, out=total)
                 else:
                     total.add_(x @ y)
             return onto

@@ -182,11 +182,14 @@ def decide(
 
 def _nothing(rule: Rule, kinds: Sequence[Type]) -> Decision:
     """All operands replicated on every axis: the commonest case on one device."""
+    like = kinds[0].layout
     return Decision(
         {},
         tuple(k.layout for k in kinds),
         ((),) * len(kinds),
-        tuple(make(((),) * len(dims)) for dims in rule.outputs),
+        tuple(
+            make(((),) * len(dims), memory=like.memory, at=like.at) for dims in rule.outputs
+        ),
         frozenset(),
         0,
         {},

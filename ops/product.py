@@ -34,10 +34,6 @@ def contract(a: Tensor, b: Tensor, da: Letters, db: Letters, out: Letters) -> Te
             x.permute([have.index(c) for c in batch]) for x, have in ((a, da), (b, db))
         )
         return _ordered(first * second, batch, out)
-    if not batch and len(right) <= 1 and len(inner) == 1 and da == (*left, *inner):
-        # x[..., k] @ w[k, n]: matmul folds the leading dims itself
-        w = b if db == (*inner, *right) else b.permute([db.index(c) for c in (*inner, *right)])
-        return _ordered(a @ w, (*left, *right), out)
     first, second = lowered(a, b, da, db, out)
     return raised(first @ second, da, db, out, sizes(a, b, da, db))
 
@@ -48,7 +44,11 @@ def sizes(a: Tensor, b: Tensor, da: Letters, db: Letters) -> dict[str, int]:
 
 
 def lowered(a: Tensor, b: Tensor, da: Letters, db: Letters, out: Letters) -> tuple[Tensor, Tensor]:
-    """The operands as [batch, left, inner] and [batch, inner, right], whose product it is."""
+    """The operands as [batch, left, inner] and [batch, inner, right], whose product it is.
+
+    Without batch letters they have two dims: torch would run a batch of one, or of the leading dims
+    of a larger operand, as such.
+    """
     batch, left, right, inner = pair(da, db, out)
     size = sizes(a, b, da, db)
 
@@ -57,7 +57,8 @@ def lowered(a: Tensor, b: Tensor, da: Letters, db: Letters, out: Letters) -> tup
         x = x.permute(order) if order != sorted(order) else x
         return x.reshape([math.prod(size[c] for c in group) for group in groups])
 
-    return flat(a, da, batch, left, inner), flat(b, db, batch, inner, right)
+    ahead = (batch,) if batch else ()
+    return flat(a, da, *ahead, left, inner), flat(b, db, *ahead, inner, right)
 
 
 def raised(

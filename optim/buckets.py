@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,17 +33,24 @@ class Cut:
     dim: int
     n: int
 
+    def block(self, whole: Tensor, place: int) -> Tensor:
+        """The block of the device at this place, a view."""
+        size = whole.shape[self.dim] // self.n
+        return whole.narrow(self.dim, place * size, size)
+
     def blocks(self, whole: Tensor) -> Tensor:
         """A view [..., dim, ...] -> [..., n, dim / n, ...]."""
-        return whole.unflatten(self.dim, (self.n, -1))
+        shape, d = whole.shape, self.dim
+        return whole.view(*shape[:d], self.n, shape[d] // self.n, *shape[d + 1 :])
 
     def rows(self, bucket: Tensor, shape: Sequence[int]) -> Tensor:
         """A bucket's columns [n, values] seen as the blocks of a tensor of this local shape."""
-        block = [*shape]
-        block[self.dim] //= self.n
-        return bucket.unflatten(1, block).movedim(0, self.dim)
+        d = self.dim
+        view = bucket.view(self.n, *shape[:d], shape[d] // self.n, *shape[d + 1 :])
+        return view if d == 0 else view.movedim(0, d)
 
 
+@lru_cache(maxsize=65536)
 def find_cut(whole: Layout, cut: Layout, mesh: Mesh, state: str) -> Cut | None:
     """The cut between two layouts: the last axes of one dim, whole in `state`.
 
@@ -84,7 +92,7 @@ def reduce_scattered(xs: Sequence[ShardedTensor], to: Sequence[Layout]) -> list[
         done = _scattered([xs[i] for i in members], kinds, [_some(ways[i]) for i in members])
         for i, x in zip(members, done, strict=True):
             out[i] = x
-    return [reshard_one(x, t) for x, t in zip(out, to, strict=True)]
+    return [x if x.layout is t else reshard_one(x, t) for x, t in zip(out, to, strict=True)]
 
 
 def all_gathered(
@@ -123,8 +131,10 @@ def all_gathered(
         for i, x in zip(members, done, strict=True):
             out[i], targets[i] = x, None
     for i, (x, t) in enumerate(zip(out, to, strict=True)):
+        if x.layout is t:
+            continue
         out[i], target = reshard_one(x, t), targets[i]
-        if target is not None and out[i] is not x:
+        if target is not None:
             _copy(target._shards, out[i]._shards)
             out[i] = ShardedTensor(target._shards, out[i]._type)
     return out

@@ -1,10 +1,11 @@
 """ZeRO: states, gradients and parameters cut over the axis on which parameters are replicated.
 
-| stage | cut over the axis        | gradients           | moves per step and device  |
-|-------|--------------------------|---------------------|----------------------------|
-| 1     | state                    | owed, scattered once | 2 (N-1)/N of the parameters |
-| 2     | state, gradients         | come scattered      | 2 (N-1)/N                  |
-| 3     | state, gradients, values | come scattered      | 3 (N-1)/N (strategy `fsdp`) |
+| stage | cut over the axis            | gradients            | moves per step and device   |
+|-------|------------------------------|----------------------|-----------------------------|
+| 0     | nothing                      | come all_reduced     | 2 (N-1)/N of the parameters |
+| 1     | state                        | owed, then scattered | 2 (N-1)/N                   |
+| 2     | state, gradients             | come scattered       | 2 (N-1)/N                   |
+| 3     | state, gradients, parameters | come scattered       | 3 (N-1)/N (by `fsdp`)       |
 
 Stages are layouts. The inner transform is given parameters, gradients and state that are cut, and
 its own rules make it right: sums over whole tensors are taken over the axis too, matrices that must
@@ -32,7 +33,7 @@ from ..layouts.sharded import ShardedTensor
 from ..meshlib import record
 from ..meshlib.errors import LayoutError
 from .base import Transform, settled
-from .buckets import all_gathered, copies, reduce_scattered
+from .buckets import all_gathered, copies, find_cut, reduce_scattered
 
 STAGES = (0, 1, 2, 3)
 
@@ -54,8 +55,10 @@ def zero(t: Transform, stage: int, *, axis: str | Sequence[str] = "data") -> Tra
     can be cut behind dim 0 (the stack of layers, which gradients leave one by one), else dim 0. A
     parameter with no such dim stays whole; `init` warns of it, and `left_whole` lists it.
 
-    Cost: stages 1 and 2, a reduce_scatter of gradients and an all_gather of parameters, a few
-    launches for all leaves.
+    Cost: stages 1 and 2, a reduce_scatter of gradients, in their own dtype (the `dtype` of
+    `value_and_grad`), and an all_gather of parameters; a few launches for all leaves. With
+    donate=True new parameters are written over the old ones. Of several micro-batches
+    (`accumulate`), stage 1 scatters the sum and holds whole gradients; 2 and 3 scatter each.
 
     Raises:
         LayoutError: at stage 3, for parameters that could be cut but are not.
@@ -85,7 +88,7 @@ def _cut_here(t: Transform, stage: int, axes: tuple[str, ...]) -> Transform:
     """Stages 1 and 2."""
 
     def init(params: Any) -> Any:
-        _warn(params, axes)
+        _warn(params, axes, stage)
         return t.init(parts(params, axes))
 
     def wanted(params: Any) -> Any:
@@ -101,7 +104,7 @@ def _cut_here(t: Transform, stage: int, axes: tuple[str, ...]) -> Transform:
         return _gathered(updates, params, grads), after
 
     def fused(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
-        small = parts(params, axes, own=donate)
+        small = parts(params, axes, donate=donate, written=not t.holds_params)
         new, after = t.step(_scattered(grads, small), state, small, donate=donate)
         return _gathered(new, params, grads, keep=True, donate=donate), after
 
@@ -113,7 +116,7 @@ def _cut_already(t: Transform, axes: tuple[str, ...]) -> Transform:
 
     def init(params: Any) -> Any:
         _check_cut(params, axes)
-        _warn(params, axes)
+        _warn(params, axes, 3)
         return t.init(params)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -127,8 +130,15 @@ def _cut_already(t: Transform, axes: tuple[str, ...]) -> Transform:
     return Transform(t.name, init, update, t.needs, t.grads, fused)
 
 
-def left_whole(params: Any, axis: str | Sequence[str] = "data") -> list[tuple[str, int]]:
-    """Parameters that `zero` cannot cut over all of the axes, with their bytes on each device.
+def left_whole(
+    params: Any, axis: str | Sequence[str] = "data", *, stage: int = 1
+) -> list[tuple[str, int]]:
+    """Parameters that are not cut over all of the axes, with the bytes of one device's part.
+
+    Args:
+        params: the parameters.
+        axis: the axis, or several, of `zero`.
+        stage: 1 or 2: those that `zero` cannot cut; 3: those that the strategy has left whole.
 
     >>> import shardwise as sw
     >>> left_whole({"w": sw.full((3, 5), 1.0, sw.make_mesh({"data": 2}))})
@@ -138,17 +148,17 @@ def left_whole(params: Any, axis: str | Sequence[str] = "data") -> list[tuple[st
     found = []
     for path, p in tree.items(params):
         if isinstance(p, ShardedTensor):
-            layout = part_layout(p, axes)
+            layout = p.layout if stage == 3 else part_layout(p, axes)
             if _open(layout, axes):
                 size = math.prod(layout.local_shape(p.shape, p.mesh)) * p.dtype.itemsize
                 found.append((path, size))
     return found
 
 
-def part_layout(p: ShardedTensor, axes: Sequence[str], last: int = 0) -> Layout:
+def part_layout(p: ShardedTensor, axes: Sequence[str]) -> Layout:
     """The layout of a parameter's part: cut over the axes, behind what cuts it already.
 
-    All axes go on one dim where one can be cut by all; dim `last` is tried last.
+    All axes go on one dim where one can be cut by all; dim 0 is tried last.
     """
     p.mesh.check_axes(tuple(axes))
     layout, todo = p.layout, _open(p.layout, axes)
@@ -186,21 +196,37 @@ def owing(p: ShardedTensor, axes: Sequence[str]) -> Layout:
     )
 
 
-def parts(params: Any, axes: Sequence[str], *, own: bool = False) -> Any:
-    """Each parameter's part on this device: a view, or with memory of its own."""
+def parts(params: Any, axes: Sequence[str], *, donate: bool = False, written: bool = True) -> Any:
+    """Each parameter's part on this device, a view.
+
+    Args:
+        params: the parameters.
+        axes: what cuts them.
+        donate: the step inside gives up what it is given: objects are its own.
+        written: and it writes over them: their memory is its own too.
+    """
     leaves, spec = optree.tree_flatten(params, none_is_leaf=True)
     small, views = list(leaves), []
     for i, p in enumerate(leaves):
         if isinstance(p, ShardedTensor) and (to := part_layout(p, axes)) is not p.layout:
-            with torch.no_grad():
-                small[i] = reshard_one(p, to)
+            small[i] = _part(p, to)
             views.append(i)
-        elif own and isinstance(p, ShardedTensor):  # the step inside gives up its own object only
+        elif donate and isinstance(p, ShardedTensor):
             small[i] = ShardedTensor(p._shards, p._type)
-    if own:
+    if donate and written:
         for i, x in zip(views, copies([small[i] for i in views]), strict=True):
             small[i] = x
     return spec.unflatten(small)
+
+
+def _part(p: ShardedTensor, to: Layout) -> ShardedTensor:
+    way = find_cut(p.layout, to, p.mesh, "replicated")
+    with torch.no_grad():
+        if way is None:
+            return reshard_one(p, to)
+        pairs = zip(p._shards, p.mesh.positions(way.axes), strict=True)
+        shards = tuple(way.block(s, place) for s, place in pairs)
+    return ShardedTensor(shards, p._type.with_layout(to, False))
 
 
 def _scattered(grads: Any, small: Any) -> Any:
@@ -245,14 +271,14 @@ def _owns_memory(x: ShardedTensor) -> bool:
     )
 
 
-def _warn(params: Any, axes: Sequence[str]) -> None:
-    whole = left_whole(params, axes)
+def _warn(params: Any, axes: Sequence[str], stage: int) -> None:
+    whole = left_whole(params, axes, stage=stage)
     if whole:
         listed = ", ".join(f"{path} ({size:,} B)" for path, size in whole)
         total = sum(size for _, size in whole)
         warnings.warn(
-            f"zero: no dim of {len(whole)} parameters can be cut by {'/'.join(axes)!r}; they and "
-            f"their state stay whole, {total:,} B of parameters on each device: {listed}",
+            f"zero: {len(whole)} parameters cannot be cut over {'/'.join(axes)!r}: no dim is "
+            f"divisible; {total:,} B of them stay on each device, and their state: {listed}",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""Donation: arguments whose memory a function may take, and the error of reading them afterwards."""
+"""Donation: arguments whose memory a function may take, and the error of reading them later."""
 
 from __future__ import annotations
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Module = torch.fx.GraphModule
+LARGEST_CONSTANT = 1 << 24  # elements
 
 
 def captured(flat: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Module:
@@ -18,9 +20,86 @@ def captured(flat: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Mod
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+    module.graph = fx_graph_cse(module.graph)
     module.graph.eliminate_dead_code()
+    folded(module)
+    spread(module)
     module.recompile()
     return module
+
+
+def spread(module: Module) -> None:
+    """One entry added to each row of zeros becomes a comparison with the column's number.
+
+    The gradient of the label's logit is one: as a scatter it is a tensor of logits' size of its
+    own, as a comparison it is part of the kernel that makes the logits' gradient.
+    """
+    aten: Any = torch.ops.aten
+    for node in module.graph.nodes:
+        if node.target is not aten.scatter_add.default:
+            continue
+        base, dim, index, source = node.args
+        width, last = node.meta["val"].shape[-1], node.meta["val"].ndim - 1
+        is_zero = base.target is aten.new_zeros.default
+        if not is_zero or dim % (last + 1) != last or index.meta["val"].shape[-1] != 1:
+            continue
+        value = node.meta["val"]
+        with module.graph.inserting_before(node):
+            columns = module.graph.call_function(
+                aten.arange.default, (width,), {"dtype": torch.int64, "device": value.device}
+            )
+            hit = module.graph.call_function(aten.eq.Tensor, (columns, index))
+            zero = module.graph.call_function(
+                aten.scalar_tensor.default, (0.0,), {"dtype": value.dtype, "device": value.device}
+            )
+            chosen = module.graph.call_function(aten.where.self, (hit, source, zero))
+        chosen.meta = dict(node.meta)
+        node.replace_all_uses_with(chosen)
+    module.graph.eliminate_dead_code()
+
+
+def folded(module: Module) -> None:
+    """Replace what depends on no input by its value: tables of angles, ranges, masks.
+
+    Inductor would compute them again in every kernel that reads them: for rotary positions a power,
+    a sine and a cosine for each element of queries and keys.
+    """
+    known: dict[torch.fx.Node, bool] = {}
+    for node in module.graph.nodes:
+        inputs = node.all_input_nodes
+        known[node] = (
+            node.op == "call_function"
+            and isinstance(node.meta.get("val"), Tensor)
+            and isinstance(node.target, torch._ops.OpOverload)
+            and node.target.namespace == "aten"
+            and torch.Tag.nondeterministic_seeded not in node.target.tags
+            and not node.target._schema.is_mutable
+            and all(known[n] for n in inputs)
+        )
+    edge = [
+        node
+        for node in module.graph.nodes
+        if known[node]
+        and any(not known[user] for user in node.users)
+        and 1 < node.meta["val"].numel() <= LARGEST_CONSTANT
+    ]
+    values: dict[torch.fx.Node, Any] = {}
+
+    def value(node: Any) -> Any:
+        if node not in values:
+            args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), value)
+            values[node] = node.target(*args, **kwargs)
+        return values[node]
+
+    for number, node in enumerate(edge):
+        name = f"_constant_{number}"
+        with torch.no_grad():
+            module.register_buffer(name, value(node))
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+    module.graph.eliminate_dead_code()
 
 
 def reuse(module: Module, given: Sequence[int]) -> None:

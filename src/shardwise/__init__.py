@@ -5,6 +5,7 @@ x = sw.shard(torch.randn(64, 512), mesh, "batch/data embed")
 """
 
 from . import checkpoint as checkpoint
+from . import interop as interop
 from . import kernels as kernels
 from . import layouts as layouts
 from . import meshlib as meshlib
@@ -42,6 +43,7 @@ from .ops.transforms.forward import jvp as jvp
 from .ops.transforms.grad import grad as grad
 from .ops.transforms.grad import value_and_grad as value_and_grad
 from .ops.transforms.grad import vjp as vjp
+from .ops.transforms.jit import jit as jit
 from .ops.transforms.local import shard_map as shard_map
 from .ops.transforms.remat import remat as remat
 from .ops.transforms.scan import scan as scan

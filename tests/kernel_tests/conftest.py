@@ -3,6 +3,11 @@
 On a bare GPU machine:
 
     python -m pytest --confcutdir=tests/kernel_tests tests/kernel_tests/test_device.py
+
+A new op in kernels/<name>.py, with Triton in kernels/<name>_triton.py, is tested once it has a row
+in kernel_samples.SAMPLES (every transform, opcheck), a file interpret_<name>.py (its kernels,
+interpreted), rows in sm90_cases.CASES with `pytest --update-golden` for each Triton release in
+sm90.json (the static gate), and a place in test_device.py.
 """
 
 import importlib.util

@@ -21,6 +21,9 @@ from torch import Tensor
 from shardwise.kernels import cross_entropy, cross_entropy_triton, norms, norms_triton
 from shardwise.kernels.registry import KERNELS
 
+# What torch warns of on a GPU (TF32 not used, say) is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("default")
+
 MODULES = (norms_triton, cross_entropy_triton)
 DEVICE = torch.device("cuda")
 BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of the significand

@@ -1,6 +1,7 @@
-"""Runs interpret_*.py under Triton's interpreter, each in a process of its own.
+"""What needs a process of its own: Triton's interpreter, and a machine without Triton.
 
-The variable must be set before Triton is imported, and it changes Triton for the whole process.
+TRITON_INTERPRET must be set before Triton is imported, and it changes Triton for all that follows;
+so each interpret_*.py is run by a fresh pytest.
 """
 
 from __future__ import annotations
@@ -27,3 +28,21 @@ def test_interpreted(file: Path) -> None:
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_ops_work_where_triton_is_not_installed() -> None:
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None  # its import fails
+        import torch
+        import shardwise
+        from shardwise.kernels import cross_entropy, norms
+        x, w = torch.ones(2, 3, requires_grad=True), torch.ones(3)
+        norms.rms_norm(x, w, 1e-5)[0].sum().backward()
+        lse, _ = cross_entropy.cross_entropy_parts(torch.zeros(1, 2), torch.zeros(1).long(), 0)
+        print(lse.exp().item(), not any(name.endswith("_triton") for name in sys.modules))
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "2.0 True\n", done.stderr

@@ -211,6 +211,7 @@ def test_the_meter_counts_device_memory_only(place):
 def test_a_row_of_a_strategy_places_a_parameter_and_its_use_brings_it():
     on = mesh(data=2)
     s = sw.strategies.fsdp("data").replace(rest={"w": ".../data @host"}, compute={"w": "... {R:data}"})
+    s = s.replace(precision=sw.Precision(compute=torch.float64, reduce=torch.float64))
     w = sw.shard(values(4, 6), on, "_/data _ @host")
     with sw.record() as plan:
         used = s.use({"w": w})["w"]
@@ -368,6 +369,7 @@ def start(end: str, root: Path) -> tuple[subprocess.Popen[str], Path]:
     )
     assert done.stdout is not None
     home = Path(done.stdout.readline().strip())
+    done.stdout.close()
     assert home.parent == root
     return done, home
 

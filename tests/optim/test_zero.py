@@ -12,7 +12,7 @@ from check import placed as split
 from gallery import values
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from zeros import ONE, PLACES, placed, start, train, trained
+from zeros import ONE, PLACES, begun, placed, start, train, trained
 
 import shardwise as sw
 from shardwise import optim
@@ -45,12 +45,13 @@ OPTIMIZERS: dict[str, optim.Transform] = {
 }
 ONE_OF_EACH_NEED = ("clipped", "adafactor", "muon and adamw")
 FULL = ("data x 1D", "two data axes")
+ALSO = ("data x 2.5D", "data x 3D")
 CASES = [
     (name, stage, place)
     for name in OPTIMIZERS
     for place in PLACES
     for stage in STAGES
-    if place in FULL or name in ONE_OF_EACH_NEED
+    if place in FULL or (place in ALSO and name in ONE_OF_EACH_NEED)
 ]
 # A key's bias has no gradient but rounding, which Adam would divide by eps: here that is large.
 TRAINED = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(0.01, weight_decay=0.1, eps=1e-4))
@@ -81,9 +82,7 @@ def fed(name: str, stage: int, place: str) -> tuple[dict[str, Tensor], Any]:
     """Global parameters and the state after steps with fixed gradients."""
     params, steps = given(place, stage)
     opt = optim.zero(OPTIMIZERS[name], stage, axis=PLACES.get(place, ONE).axes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if place == "data x 2.5D" else "error")
-        state = opt.init(params)
+    state = begun(opt, stage, PLACES.get(place, ONE), params)
     before = params
     for grads in steps:
         params, state = opt.step(grads, state, params)
@@ -193,14 +192,15 @@ def owned(mesh: sw.Mesh, *shapes: tuple[int, ...]) -> dict[str, Any]:
     )
 
 
+@pytest.mark.parametrize("name", ["adam", "master"])
 @pytest.mark.parametrize("bucket", [None, 0])
 def test_a_donated_step_writes_into_the_parameters_and_the_state(
-    bucket: int | None, monkeypatch: pytest.MonkeyPatch
+    bucket: int | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if bucket is not None:
         monkeypatch.setattr("shardwise.optim.buckets.SIZE", bucket)
     params = owned(sw.make_mesh({"data": 2}), (4, 6), (2, 3, 8), (8,))
-    opt = optim.zero(optim.adamw(0.1), 1)
+    opt = optim.zero(OPTIMIZERS[name], 1)
     state = sw.tree.map(lambda x: x * 1, opt.init(params))
     held = [s.data_ptr() for x in sw.tree.leaves([params, state]) for s in x.shards if s.ndim]
     wanted = opt.grads(params)
@@ -257,7 +257,7 @@ def test_parameters_that_no_dim_lets_be_cut_stay_whole_and_are_reported() -> Non
     params = sw.shard(plain, mesh)
     assert optim.left_whole(params) == [("odd", 15 * 8), ("s", 8)]
     with pytest.warns(
-        UserWarning, match=r"no dim of 2 .* 128 B .*: odd \(120 B\), s \(8 B\)"
+        UserWarning, match=r"2 parameters .* 128 B .*: odd \(120 B\), s \(8 B\)"
     ) as seen:
         state = opt.init(params)
     assert [warning.filename for warning in seen] == [__file__]
@@ -266,6 +266,7 @@ def test_parameters_that_no_dim_lets_be_cut_stay_whole_and_are_reported() -> Non
         params, after = sw.shard(plain, mesh), state
         expected, whole = sw.shard(plain, mesh), TRAINED.init(params)
         opt = optim.zero(TRAINED, stage)
+        assert optim.left_whole(params, stage=stage) == [("odd", 120), ("s", 8)]
         for step in range(3):
             g = {k: values(*shape, seed=10 * step) for k, shape in shapes.items()}
             there = {k: split(g[k], mesh, to) for k, to in opt.grads(params).items()}
@@ -295,9 +296,20 @@ def test_stage_3_refuses_parameters_that_are_whole() -> None:
         'or by hand: sw.reshard(params, ".../data")'
     )
     state = opt.init(cut)
+    assert optim.left_whole(cut, stage=3) == []
     for step in (opt.step, opt.update):
         with pytest.raises(sw.LayoutError, match="stage 3"):
             step(params, state, params)
+
+
+def test_stage_3_takes_and_reports_what_the_strategy_leaves_whole() -> None:
+    mesh = sw.make_mesh({"data": 2})
+    layouts = {"w": "a/data b", "bias": "layer b"}
+    params = sw.shard({"w": values(2, 3), "bias": values(2, 3)}, mesh, layouts)
+    with pytest.warns(UserWarning, match=r"bias \(48 B\)"):
+        optim.zero(optim.adam(0.1), 3).init(params)
+    assert optim.left_whole(params, stage=3) == [("bias", 48)]
+    assert optim.left_whole(params, stage=1) == []  # zero cuts the stack of layers
 
 
 def test_stage_0_is_the_transform_and_other_numbers_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -22,12 +23,16 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class Place:
-    """A strategy without ZeRO, the one for stage 3, a mesh, and the axes that ZeRO cuts over."""
+    """A strategy without ZeRO, the one for stage 3, a mesh, and the axes that ZeRO cuts over.
+
+    Some vectors are too short for both axes of `data x 2.5D`.
+    """
 
     plain: sw.Strategy
     cut: sw.Strategy
     mesh: dict[str, int]
     axes: str | tuple[str, ...] = "data"
+    leaves_some_whole: bool = False
 
 
 def _place(rest: sw.Strategy | None, mesh: dict[str, int]) -> Place:
@@ -43,6 +48,7 @@ def _deep(mesh: dict[str, int]) -> Place:
         s.fsdp() * s.fsdp("depth") * flat,
         mesh,
         ("data", "depth"),
+        True,
     )
 
 
@@ -95,6 +101,15 @@ def placed(
     return model, params, batch
 
 
+def begun(opt: optim.Transform, stage: int, place: Place, params: Any) -> Any:
+    """The first state; what stays whole is warned of."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        state = opt.init(params)
+    assert [w.category for w in seen] == [UserWarning] * (place.leaves_some_whole and stage > 0)
+    return state
+
+
 def train(
     place: Place,
     stage: int,
@@ -109,7 +124,7 @@ def train(
     """Gradients, parameters and state after each step."""
     model, params, batch = placed(place, stage, dtype, tied)
     opt = optim.zero(t, stage, axis=place.axes)
-    state = opt.init(params)
+    state = begun(opt, stage, place, params)
     vg = sw.value_and_grad(model.loss, grads=opt.grads)
     if micro > 1:
         vg = sw.accumulate(vg, micro, weight=lambda b: (b["labels"] != -100).sum())

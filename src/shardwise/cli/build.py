@@ -1,9 +1,9 @@
-"""From a configuration to what it names: mesh, strategy, model, optimizer, data."""
+"""From a configuration to what it names: mesh, strategy, model, data."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,9 +20,8 @@ from ..models.llama import PRESETS as LLAMA
 from ..models.opt import PRESETS as OPT
 from ..models.palm import PRESETS as PALM
 from ..ops.nn import strategies
-from ..optim import Transform, adamw, chain, clip_by_global_norm, schedules
 from . import text
-from .config import Config, ModelTable, OptimizerTable, PrecisionTable, Preset, StrategyTable
+from .config import Config, ModelTable, Preset
 
 
 class Family(NamedTuple):
@@ -49,10 +48,6 @@ PRESETS: dict[str, Callable[..., Strategy]] = {
     "tensor_3d": strategies.tensor_3d,
 }
 DERIVED = ("vocab", "position")  # fields of a model's config that the data decides
-IS_DECAYED = (
-    "w_",
-    "embed",
-)  # roles that decay: matrices and tables, not gains, biases or positions
 
 
 @dataclass(frozen=True)
@@ -71,10 +66,20 @@ def build_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh.axes, device=device, check=config.run.check)
 
 
-def build_strategy(table: StrategyTable, precision: PrecisionTable) -> Strategy:
-    """Presets joined left to right, then the file's own rows and options."""
+def build_strategy(config: Config) -> Strategy:
+    """Presets joined left to right, then the file's own rows and options.
+
+    Stage 3 of ZeRO puts `fsdp` in the place of `data` over its axes.
+
+    Raises:
+        ValueError: stage 3, and neither preset is there for an axis.
+    """
+    table, precision = config.strategy, config.precision
+    presets = table.preset
+    if config.zero.stage == 3:
+        presets = _cut_parameters(presets, config.zero.axes)
     found = Strategy({"*": "..."}, {"*": "..."}, {"*": "..."})
-    for preset in table.preset:
+    for preset in presets:
         found = found * _preset(preset, table.matmul)
     dtypes = Precision(
         *(getattr(torch, getattr(precision, name)) for name in ("param", "compute", "reduce"))
@@ -86,6 +91,23 @@ def build_strategy(table: StrategyTable, precision: PrecisionTable) -> Strategy:
         precision=dtypes,
         **table.options,
     )
+
+
+def _cut_parameters(presets: Sequence[Preset], axes: Sequence[str]) -> list[Preset]:
+    """The presets, with fsdp in the place of data over these axes."""
+    over = [
+        (preset.axes or ("data",))[0] if preset.name in ("data", "fsdp") else "" for preset in presets
+    ]
+    for axis in axes:
+        if axis not in over:
+            raise ValueError(
+                f"zero.stage: 3 puts fsdp({axis}) in the place of data({axis}), which is not in "
+                f"strategy.preset"
+            )
+    return [
+        replace(preset, name="fsdp") if axis in axes else preset
+        for preset, axis in zip(presets, over, strict=True)
+    ]
 
 
 def _preset(preset: Preset, matmul: str | None) -> Strategy:
@@ -129,25 +151,6 @@ def build_model(
         hint = nearest(table.preset, family.sizes)
         raise ValueError(f"model.preset: {table.family} has no size {table.preset!r}{hint}")
     return family.make(replace(family.sizes[table.preset], **fields), strategy), None
-
-
-def build_optimizer(table: OptimizerTable, steps: int) -> Transform:
-    """AdamW behind an optional clipping of the global norm."""
-    end = table.decay or steps
-    rates: Mapping[str, Callable[[], Any]] = {
-        "constant": lambda: schedules.warm(schedules.constant(table.lr), table.warmup),
-        "linear": lambda: schedules.warm(schedules.linear(table.lr, 0.0, end), table.warmup),
-        "cosine": lambda: schedules.warmup_cosine(table.lr, warmup=table.warmup, steps=end),
-    }
-    step = adamw(
-        rates[table.schedule](),
-        b1=table.b1,
-        b2=table.b2,
-        eps=table.eps,
-        weight_decay=table.weight_decay,
-        mask=lambda path, _: path.split(".")[-1].startswith(IS_DECAYED),
-    )
-    return chain(clip_by_global_norm(table.clip_norm), step) if table.clip_norm else step
 
 
 def build_corpus(config: Config) -> Corpus:

@@ -6,40 +6,51 @@ A new key is a new field here and nothing else.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ..layouts.notation import parse
 from ..layouts.strategy import OPTIONS
+from .hyper import OPTIMIZERS, SCHEDULES
 from .reader import Check, ConfigError, Known, Rest, Rules, read_toml
+from .values import (
+    AxisName,
+    AxisNames,
+    AxisSize,
+    Count,
+    Device,
+    Dtype,
+    Fraction,
+    LayoutText,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+)
 
 __all__ = ["Config", "ConfigError", "read_config"]
 
 
-def _is_layout(text: str) -> bool:
-    parse(text)
-    return True
+@dataclass(frozen=True)
+class LossScale:
+    """A factor of the loss: a number, or "dynamic" for one that moves."""
 
+    initial: float = 2.0**15
+    is_dynamic: bool = False
 
-Count = Annotated[int, Check("an integer of at least 1", lambda n: n >= 1)]
-Natural = Annotated[int, Check("an integer of at least 0", lambda n: n >= 0)]
-Seed = Annotated[int, Check("an integer of at least 0, below 2**63", lambda n: 0 <= n < 2**63)]
-Positive = Annotated[float, Check("a number above 0", lambda x: x > 0)]
-NotNegative = Annotated[float, Check("a number of at least 0", lambda x: x >= 0)]
-Fraction = Annotated[float, Check("a number between 0 and 1", lambda x: 0 < x < 1)]
-Momentum = Annotated[float, Check("a number of at least 0, below 1", lambda x: 0 <= x < 1)]
-Device = Annotated[
-    str, Check('"auto", "cpu", "cuda" or "cuda:N"', re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
-]
-AxisName = Annotated[str, Check("the name of an axis", str.isidentifier)]
-AxisSize = Annotated[
-    int, Check("a size of at least 1, or -1 for what is left", lambda n: n >= 1 or n == -1)
-]
-LayoutText = Annotated[str, Check("a layout string", _is_layout)]
-Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+    PARSES = (str, int, float)
+
+    @staticmethod
+    def parse(value: str | float) -> LossScale:
+        """Read "dynamic" or a number."""
+        if value == "dynamic":
+            return LossScale(is_dynamic=True)
+        if isinstance(value, str) or not 0 < value < float("inf"):
+            raise ValueError(f'expected "dynamic" or a number above 0, found {json.dumps(value)}')
+        return LossScale(float(value))
 
 
 @dataclass(frozen=True)
@@ -127,11 +138,25 @@ class StrategyTable:
 
 @dataclass(frozen=True)
 class PrecisionTable:
-    """[precision]: dtypes of parameters, of arithmetic, of sums over devices."""
+    """[precision]: dtypes of parameters, of arithmetic, of sums over devices.
+
+    `master` keeps float32 copies that the optimizer updates; `rounding` says how a new bfloat16
+    parameter is rounded where there is no copy.
+    """
 
     param: Dtype = "float32"
     compute: Dtype = "float32"
     reduce: Dtype = "float32"
+    master: bool = False
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.rounding == "stochastic" and self.param != "bfloat16":
+            raise ValueError(f'rounding = "stochastic" is for param = "bfloat16", not {self.param}')
+        if self.rounding == "stochastic" and self.master:
+            raise ValueError(
+                'master = true rounds its copies, which lose nothing: drop rounding = "stochastic"'
+            )
 
 
 @dataclass(frozen=True)
@@ -172,24 +197,111 @@ class DataTable:
 
 
 @dataclass(frozen=True)
-class OptimizerTable:
-    """[optimizer]: `warmup` and `decay` in steps; without `decay` the rate falls until the end."""
+class Part:
+    """One part of a joined schedule: `steps` long, but for the last; counts from its own start."""
 
     lr: Positive
-    name: Literal["adamw"] = "adamw"
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    steps: Count | None = None
+    schedule: Annotated[str, Known("schedules")] = "constant"
+    end: NotNegative | None = None
+    power: Positive | None = None
+    factors: Mapping[str, Positive] | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule in ("wsd", "join"):
+            raise ValueError(f"a part is no {self.schedule}: write its parts one after another")
+        _check_schedule(self, ("end", "power", "factors"))
+
+
+@dataclass(frozen=True)
+class OptimizerTable:
+    """[optimizer]: a transformation and its own keys, the rate by step, and what goes around it.
+
+    `warmup` and `decay` are in steps. The rate falls over `decay` steps from the beginning (without
+    it until the end of the run), for "wsd" over the last ones; to `end`. `skip_nonfinite = 0` stops
+    at the first loss that is not finite.
+    """
+
+    lr: Positive
+    name: Annotated[str, Known("optimizers")] = "adamw"
+    schedule: Annotated[str, Known("schedules")] = "cosine"
     warmup: Natural = 0
     decay: Count | None = None
-    weight_decay: NotNegative = 0.01
-    b1: Momentum = 0.9
-    b2: Momentum = 0.999
-    eps: Positive = 1e-8
+    end: NotNegative | None = None
+    power: Positive | None = None
+    factors: Mapping[str, Positive] | None = None
+    parts: tuple[Part, ...] = ()
     clip_norm: Positive | None = None
+    clip_value: Positive | None = None
+    ema: Fraction | None = None
+    skip_nonfinite: Natural | None = None
+    loss_scale: (
+        Annotated[LossScale, Check('"dynamic" or a number above 0', lambda _: True)] | None
+    ) = None
+    hyper: Annotated[Mapping[str, Any], Rest(schema="name")] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_schedule(self, ("decay", "end", "power", "factors", "parts"))
+        if self.schedule == "wsd" and self.decay is None:
+            raise ValueError('schedule = "wsd" needs decay, the number of steps of its fall')
+        if self.schedule == "join":
+            if len(self.parts) < 2:
+                raise ValueError('schedule = "join" needs two parts or more')
+            if any(part.steps is None for part in self.parts[:-1]):
+                raise ValueError("only the last part may go without steps")
+        if self.loss_scale is not None and self.skip_nonfinite:
+            raise ValueError("loss_scale skips steps by itself: drop skip_nonfinite")
+
+
+def _check_schedule(table: Any, keys: Sequence[str]) -> None:
+    """Refuse keys that the schedule does not take."""
+    takes = SCHEDULES.get(table.schedule, keys)  # an unknown name is told by itself
+    for key in keys:
+        if getattr(table, key) not in (None, ()) and key not in takes:
+            owners = " or ".join(name for name, own in SCHEDULES.items() if key in own)
+            raise ValueError(f"{key} belongs to schedule {owners}, not to {table.schedule}")
+    if "factors" in takes and "factors" in keys:
+        factors = table.factors
+        if not factors or not all(step.isdecimal() for step in factors):
+            raise ValueError('schedule = "piecewise" needs factors = { <step> = <factor>, ... }')
+
+
+@dataclass(frozen=True)
+class ZeroTable:
+    """[zero]: the stage, and the axis (or axes, as in "data/depth") that cut state, gradients, …
+
+    Stage 3 puts the preset `fsdp` in the place of `data`.
+    """
+
+    stage: Annotated[int, Check("0, 1, 2 or 3", lambda n: n in (0, 1, 2, 3))] = 0
+    axis: AxisNames = "data"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes."""
+        return tuple(self.axis.split("/"))
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """[memory]: where the optimizer's state and the parameters rest."""
+
+    optimizer: Literal["device", "host", "disk"] = "device"
+
+
+@dataclass(frozen=True)
+class CheckpointTable:
+    """[checkpoint]: `path` is "checkpoints" in the run's folder unless given; `every` in steps."""
+
+    path: str | None = None
+    every: Count = 200
+    keep: Count = 3
+    async_: bool = True
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole file, one field a table."""
+    """A whole file, one field a table; without [checkpoint] nothing is saved."""
 
     run: RunTable
     mesh: MeshTable
@@ -198,30 +310,39 @@ class Config:
     model: ModelTable
     data: DataTable
     optimizer: OptimizerTable
+    zero: ZeroTable
+    memory: MemoryTable
+    checkpoint: CheckpointTable | None = None
 
 
 # Tables and keys of the file format that this version cannot honour.
 LATER = frozenset(
     {
-        "zero",
-        "memory",
         "pipeline",
-        "checkpoint",
         "hardware",
         "strategy.layer",
-        "precision.master",
-        "precision.rounding",
         "precision.fp8",
-        "optimizer.clip_value",
-        "optimizer.ema",
-        "optimizer.skip_nonfinite",
-        "optimizer.loss_scale",
+        "memory.parameters",
+        "memory.activations",
+        "memory.budget",
     }
 )
 
 # What must hold between keys: the keys, the condition, what to say (the first key is blamed).
 TOGETHER: tuple[tuple[str, str, Callable[[Any, Any], bool], str], ...] = (
     ("data.batch", "data.micro_batches", lambda b, m: b % m == 0, "{} is no multiple of {}, {}"),
+    (
+        "memory.optimizer",
+        "optimizer.skip_nonfinite",
+        lambda memory, limit: memory != "disk" or not limit,
+        "a state on {} cannot take a step back: {} must be 0, not {}",
+    ),
+    (
+        "memory.optimizer",
+        "optimizer.loss_scale",
+        lambda memory, _: memory != "disk",
+        "a state on {} cannot take a step back, which {} needs",
+    ),
 )
 
 
@@ -247,5 +368,10 @@ def read_config(
     Raises:
         ConfigError: with all problems, in the file's order.
     """
-    known = {"families": families, "presets": presets}
+    known = {
+        "families": families,
+        "presets": presets,
+        "optimizers": OPTIMIZERS,
+        "schedules": tuple(SCHEDULES),
+    }
     return read_toml(Path(path), Config, Rules(known, derived, LATER, TOGETHER), overrides)

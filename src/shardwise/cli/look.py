@@ -23,7 +23,8 @@ from ..ops import random
 from ..ops.plan import Plan, plan
 from . import build
 from .config import Config
-from .train import make_step
+from .optimizer import build_optimizer
+from .step import make_step
 
 VIEWS = ("strategy", "mesh")
 
@@ -39,10 +40,12 @@ def planned(config: Config) -> Plan:
     micro = config.data.micro_batches
     model.check(mesh, batch=config.data.batch // micro, seq=config.data.seq)
     params = model.init(random.key(0), mesh)
-    optimizer = build.build_optimizer(config.optimizer, config.run.steps)
+    optimizer = build_optimizer(config, model.declaration)
     shape = (config.data.batch, config.data.seq)
     rows = zeros(shape, mesh, strategy["tokens"], dtype=torch.int64)
-    step = make_step(model, optimizer, micro)
+    step = make_step(
+        model, optimizer, micro, is_scaled=config.optimizer.loss_scale is not None, donate=True
+    )
     return plan(step, params, optimizer.init(params), {"tokens": rows, "labels": rows})
 
 
@@ -95,6 +98,6 @@ def abstract(config: Config) -> Mesh:
 
 def parts(config: Config, mesh: Mesh) -> tuple[Strategy, Model]:
     """The file's strategy and model."""
-    strategy = build.build_strategy(config.strategy, config.precision)
+    strategy = build.build_strategy(config)
     model: Any = build.build_model(config.model, config.data.seq, strategy, mesh)[0]
     return strategy, model

@@ -17,6 +17,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="shardwise", description="sharded tensors for PyTorch")
     commands = made.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the model of a TOML file")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
     plan = commands.add_parser(
         "plan", help="what one step of a file would move, without running it"
     )
@@ -81,7 +84,7 @@ def _config(file: str, overrides: Sequence[str]) -> Any:
 def _train(given: argparse.Namespace) -> None:
     from .train import train
 
-    train(_config(given.file, given.overrides))
+    train(_config(given.file, given.overrides), resume=given.resume)
 
 
 def _plan(given: argparse.Namespace) -> None:

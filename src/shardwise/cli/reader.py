@@ -1,11 +1,10 @@
 """TOML into frozen dataclasses: the annotations of a dataclass are the schema of a table.
 
 A field is a key: its annotation says the type and, in `Annotated`, what else must hold (`Check`,
-`Known`); its default is the key's default. The reader knows no key by name. Nothing is guessed and
-nothing is
-skipped: an unknown key, a wrong type and a bad value are problems, and all problems are reported
-    together,
-each with file, line and key.
+`Known`); its default is the key's default; `async_` is the key `async`. A type with a static method
+`parse` reads strings, or what its `PARSES` lists. The reader knows no key by name. Nothing is
+guessed and nothing is skipped: an unknown key, a wrong type and a bad value are problems, and all
+problems are reported together, each with file, line and key.
 """
 
 from __future__ import annotations
@@ -162,12 +161,12 @@ class _Reader:
         if self.problems:
             self.problems.sort(key=lambda problem: problem[0])
             raise ConfigError([text for _, text in self.problems])
-        return cls(**tables)
+        return _make(cls, tables)
 
     def _fields(self, cls: type, raw: Mapping[str, Any], at: Keys) -> dict[str, Any]:
         """Values for fields of the dataclass `cls`; those left to their defaults are not in it."""
-        hints = get_type_hints(cls, include_extras=True)
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        hints = {_key(n): hint for n, hint in get_type_hints(cls, include_extras=True).items()}
+        fields = {_key(field.name): field for field in dataclasses.fields(cls) if field.init}
         rest = next((name for name in fields if _extra(hints[name], Rest)), None)
         known = [n for n in fields if n != rest and _dotted((*at, n)) not in self.rules.later]
         values: dict[str, Any] = {}
@@ -199,7 +198,7 @@ class _Reader:
             classes: Any = self.rules.known[_extra(hints[schema], Known).names]
             chosen = classes.get(values.get(schema))
             values[rest] = self._built(chosen, left, at) if chosen else {}
-            for key in left if schema not in raw else ():
+            for key in left if schema not in values else ():
                 self._problem((*at, key), f"depends on {_dotted((*at, schema))}, which is missing")
         else:
             values[rest] = self._value(left, hints[rest], at)
@@ -208,7 +207,7 @@ class _Reader:
     def _made(self, cls: Any, values: Mapping[str, Any], at: Keys) -> Any:
         """A table, after the checks of its own dataclass."""
         try:
-            return cls(**values)
+            return _make(cls, values)
         except ValueError as error:
             return self._problem(at, str(error))
 
@@ -219,7 +218,7 @@ class _Reader:
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
         if len(self.problems) == before and required <= set(values):
             try:
-                cls(**values)
+                _make(cls, values)
             except ValueError as error:
                 self._problem(at, str(error))
         return values
@@ -230,7 +229,7 @@ class _Reader:
         origin = get_origin(base) or base
         before = len(self.problems)
         value: Any = given
-        if hasattr(base, "parse") and isinstance(value, str):
+        if hasattr(base, "parse") and type(value) in getattr(base, "PARSES", (str,)):
             value = self._parse(value, base, at)
         elif isinstance(value, dict) and _is_table(base):
             values = self._fields(base, value, at)
@@ -262,9 +261,9 @@ class _Reader:
             self._check(value, extra, at)
         return value if len(self.problems) == before else None
 
-    def _parse(self, text: str, cls: Any, at: Keys) -> Any:
+    def _parse(self, given: Any, cls: Any, at: Keys) -> Any:
         try:
-            parsed = cls.parse(text)
+            parsed = cls.parse(given)
         except ValueError as error:
             return self._problem(at, str(error))
         for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -349,6 +348,16 @@ def _toml_or_text(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return found["value"] if len(found) == 1 else text
+
+
+def _key(field: str) -> str:
+    """The key of a field: a Python keyword is spelled with an underscore behind it."""
+    return field.removesuffix("_")
+
+
+def _make(cls: Any, values: Mapping[str, Any]) -> Any:
+    """An instance from values by key."""
+    return cls(**{f.name: values[k] for f in dataclasses.fields(cls) if (k := _key(f.name)) in values})
 
 
 def _dotted(keys: Keys) -> str:

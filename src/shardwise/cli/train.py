@@ -7,225 +7,225 @@ curve as a PNG and some text. One process prints and writes; all of them compute
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from ..layouts.layout import resolve
-from ..layouts.place import shard
-from ..layouts.sharded import ShardedTensor
-from ..meshlib.mesh import Mesh
+from ..meshlib.mesh import Mesh, abstract_twin
 from ..models import Model
 from ..ops import random
-from ..ops.plan import Plan, plan
-from ..ops.transforms.accumulate import accumulate
-from ..ops.transforms.grad import value_and_grad
+from ..ops.plan import abstract, plan
 from ..ops.transforms.shapes import check_stable
 from ..optim import Transform
-from . import build, text
-from .baselines import baselines
-from .config import Config
+from . import build, report, text
+from .config import Config, ConfigError
+from .optimizer import build_optimizer, skips
+from .report import Curve, peak_memory, write
 from .sample import sample
+from .state import Keeper
+from .step import averaged, evaluate, make_step, place, rows
+from .stop import Stop, any_of
 
 PROMPT, LENGTH = "ROMEO", 240  # of the sample: its beginning, and bytes to add
-Step = Callable[[Any, Any, Any], tuple[Any, Any, ShardedTensor]]
+
+__all__ = ["Curve", "train"]
 
 
-@dataclass
-class Curve:
-    """Loss in nats per token, by step; validation in bits per byte."""
-
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-
-
-def train(config: Config, console: Console | None = None) -> Curve:
-    """Run a configuration to its end.
+def train(config: Config, console: Console | None = None, *, resume: bool = False) -> Curve:
+    """Run a configuration to its end, or until SIGTERM or SIGINT if it is saved.
 
     Args:
         config: from `read_config`.
         console: where to print; None is the terminal, silent in all processes but the first.
+        resume: whether to go on from the newest sound checkpoint; from the start if there is none.
 
     Returns:
         The loss curve.
 
     Raises:
         LayoutError: a strategy that does not fit model and mesh; before anything runs.
+        ConfigError: a checkpoint of another run.
+        CheckpointError: one that cannot be written or read.
     """
+    if resume and config.checkpoint is None:
+        raise ConfigError(["--resume: the file has no [checkpoint], so nothing was saved"])
     mesh = build.build_mesh(config)
     if mesh.transport == "simulated" and mesh.device.type == "cpu":
         torch.set_num_threads(1)  # many small ops: waking a second thread costs more than it does
     console = console or Console(quiet=not mesh.is_first, highlight=False, soft_wrap=True)
-    strategy = build.build_strategy(config.strategy, config.precision)
+    strategy = build.build_strategy(config)
     model, loaded = build.build_model(config.model, config.data.seq, strategy, mesh)
     model.check(mesh, batch=config.data.batch // config.data.micro_batches, seq=config.data.seq)
-    optimizer = build.build_optimizer(config.optimizer, config.run.steps)
+    optimizer = build_optimizer(config, model.declaration)
     corpus = build.build_corpus(config)
-    step = make_step(model, optimizer, config.data.micro_batches)
+    run = _Run(config, console, mesh, model, optimizer, corpus)
     where = f"{mesh.size} {mesh.transport} devices on {mesh.device.type}"
     console.print(f"[bold]{mesh}[/bold]: {where}\n{model.num_parameters:,} parameters")
     table = str(strategy.table(model.declaration, model.config, mesh))
     console.print(table + "\n", markup=False)
-
-    params = model.init(random.key(config.run.seed), mesh) if loaded is None else loaded
-    state = optimizer.init(params)
-    batch = place(text.batches(corpus.train, seq=config.data.seq, batch=config.data.batch, seed=config.run.seed, step=0), model, mesh)  # fmt: skip  # noqa: E501
-    check_stable(step, params, state, batch)
-    console.print(collectives(plan(step, params, state, batch)))
-
-    curve = Curve()
-    began = time.perf_counter()
-    with _progress(console) as progress:
-        bar = progress.add_task("train", total=config.run.steps, loss="", rate="")
-        for number in range(config.run.steps):
-            raw = text.batches(corpus.train, seq=config.data.seq, batch=config.data.batch, seed=config.run.seed, step=number)  # fmt: skip  # noqa: E501
-            params, state, loss = step(params, state, place(raw, model, mesh))
-            curve.steps.append(number)
-            curve.losses.append(float(loss))
-            if not math.isfinite(curve.losses[-1]):
-                raise FloatingPointError(f"step {number}: the loss is {curve.losses[-1]}")
-            rate = (number + 1) * raw["tokens"].numel() / (time.perf_counter() - began)
-            progress.update(bar, advance=1, loss=f"{curve.losses[-1]:.4f}", rate=f"{rate:,.0f}")
-            if not console.is_terminal and (number + 1) % config.run.log_every == 0:
-                shown = f"loss {curve.losses[-1]:.4f}, {rate:,.0f} tokens/s"
-                console.print(f"step {number + 1}: {shown}")
-            if (number + 1) % config.run.eval_every == 0 and number + 1 < config.run.steps:
-                bits = evaluate(model, params, corpus, config, mesh, most=8)
-                curve.validation.append((number + 1, bits))
-                console.print(f"step {number + 1}: validation {bits:.3f} bits per byte")
-    seconds = time.perf_counter() - began
-    final = evaluate(model, params, corpus, config, mesh)
-    curve.validation.append((config.run.steps, final))
-    tokens = config.run.steps * config.data.batch * config.data.seq
-    console.print(f"\n{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")
-    console.print(_scores(final, corpus))
-    texts = sample(
-        model, params, mesh, PROMPT, length=LENGTH, rows=_rows(model, mesh), seed=config.run.seed
-    )
-    console.print(f"[bold]a sample[/bold]\n{'-' * 60}")
-    console.print(texts[0], markup=False)
-    if mesh.is_first:
-        folder = Path(config.run.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder, curve)
-        console.print(f"{'-' * 60}\nwrote {folder}/loss.png and {folder}/loss.json", markup=False)
-    return curve
+    run.begin(loaded, resume)
+    run.plan()
+    with Stop() if run.keeper else nullcontext(Stop()) as stop:
+        if run.loop(stop):
+            run.end()
+    return run.curve
 
 
-def make_step(model: Model, optimizer: Transform, micro_batches: int = 1) -> Step:
-    """A training step as a pure function: (params, state, batch) -> (params, state, loss)."""
-    gradient = value_and_grad(model.loss)
-    if micro_batches > 1:
-        gradient = accumulate(gradient, micro_batches)
+class _Run:
+    """A run under way: what it holds, and its three parts."""
 
-    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, ShardedTensor]:
-        loss, grads = gradient(params, batch)
-        params, state = optimizer.step(grads, state, params)
-        return params, state, loss
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        mesh: Mesh,
+        model: Model,
+        optimizer: Transform,
+        corpus: build.Corpus,
+    ) -> None:
+        self.config, self.console, self.mesh = config, console, mesh
+        self.model, self.optimizer, self.corpus = model, optimizer, corpus
+        self.keeper = Keeper(config, mesh, model, corpus) if config.checkpoint else None
+        self.key = random.key(config.run.seed)
+        self.step = make_step(
+            model,
+            optimizer,
+            config.data.micro_batches,
+            is_scaled=config.optimizer.loss_scale is not None,
+            donate=True,
+        )
+        self.curve = Curve()
+        self.done = 0
+        self.params: Any = None
+        self.state: Any = None
 
-    return step
+    def begin(self, loaded: Any, resume: bool) -> None:
+        """Parameters and state: new, from a folder, or from a checkpoint."""
+        if self.keeper is not None and resume:
+            twin = abstract_twin(self.mesh)
+            types = self.model.init(self.key, twin) if loaded is None else abstract(loaded)
+            found = self.keeper.resume(types, self.optimizer.init(types))
+            if found is not None:
+                self.params, self.state, self.done, self.curve, notes = found
+                self.console.print(
+                    f"going on from step {self.done} in {self.keeper.path}", markup=False
+                )
+                for note in ("changed since it was saved:", *notes) if notes else ():
+                    self.console.print(note, markup=False)
+                return
+            self.console.print(f"no checkpoint in {self.keeper.path} yet", markup=False)
+        elif self.keeper is not None:
+            self.keeper.check_new()
+        self.params = self.model.init(self.key, self.mesh) if loaded is None else loaded
+        self.state = self.optimizer.init(self.params)
 
+    def plan(self) -> None:
+        """Check that the step keeps its layouts, and print what it moves."""
+        given = (self.params, self.state, place(self.batch(0), self.model, self.mesh), self.key)
+        check_stable(self.step, *given)
+        self.console.print(report.collectives(plan(self.step, *given)))
 
-def place(raw: dict[str, torch.Tensor], model: Model, mesh: Mesh) -> dict[str, ShardedTensor]:
-    """A global batch on the mesh, as the strategy's `tokens` row says."""
-    return shard(raw, mesh, model.strategy["tokens"])
+    def batch(self, number: int) -> dict[str, torch.Tensor]:
+        """The batch of a step: a function of seed and number."""
+        data, seed = self.config.data, self.config.run.seed
+        return text.batches(
+            self.corpus.train, seq=data.seq, batch=data.batch, seed=seed, step=number
+        )
 
+    def loop(self, stop: Stop) -> bool:
+        """All steps that are left, with reports, evaluations and saves; False if told to stop."""
+        run, console, curve = self.config.run, self.console, self.curve
+        first, is_stopped, began = self.done, False, time.perf_counter()
+        size = self.config.data.batch * self.config.data.seq
+        may_skip = skips(self.config) > 0 or self.config.optimizer.loss_scale is not None
+        with report.progress(console) as progress:
+            bar = progress.add_task(
+                "train", total=run.steps, completed=first, loss="", rate="", memory=""
+            )
+            while self.done < run.steps and not is_stopped:
+                number = self.done
+                batch = place(self.batch(number), self.model, self.mesh)
+                key = random.fold_in(self.key, number)
+                self.params, self.state, loss = self.step(self.params, self.state, batch, key)
+                self.done += 1
+                curve.steps.append(number)
+                curve.losses.append(float(loss))
+                if not (may_skip or math.isfinite(curve.losses[-1])):
+                    raise FloatingPointError(f"step {number}: the loss is {curve.losses[-1]}")
+                rate = (self.done - first) * size / (time.perf_counter() - began)
+                memory = peak_memory(self.mesh)
+                progress.update(
+                    bar,
+                    advance=1,
+                    loss=f"{curve.losses[-1]:.4f}",
+                    rate=f"{rate:,.0f}",
+                    memory=memory,
+                )
+                if not console.is_terminal and self.done % run.log_every == 0:
+                    shown = f"loss {curve.losses[-1]:.4f}, {rate:,.0f} tokens/s{memory}"
+                    console.print(f"step {self.done}: {shown}")
+                if self.done % run.eval_every == 0 and self.done < run.steps:
+                    bits = self.evaluated(most=8)
+                    curve.validation.append((self.done, bits))
+                    console.print(f"step {self.done}: validation {bits:.3f} bits per byte")
+                is_stopped = self._keep(stop)
+        seconds = time.perf_counter() - began
+        if self.keeper is not None:
+            self.keeper.save(self.params, self.state, self.done, curve, wait=True)
+            console.print(f"saved step {self.done} in {self.keeper.path}", markup=False)
+        if is_stopped:
+            told = stop.signal or "another process"
+            console.print(f"stopped by {told}; go on with --resume")
+            return False
+        tokens = (self.done - first) * size
+        console.print(
+            f"\n{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s{peak_memory(self.mesh)}"
+        )
+        return True
 
-def evaluate(
-    model: Model,
-    params: Any,
-    corpus: build.Corpus,
-    config: Config,
-    mesh: Mesh,
-    most: int | None = None,
-) -> float:
-    """Validation loss in bits per byte: of the whole text, or of `most` batches spread over it."""
-    every = list(
-        text.validation_batches(corpus.validation, seq=config.data.seq, batch=config.data.batch)
-    )
-    chosen = every if most is None else every[:: max(1, len(every) // most)][:most]
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for raw in chosen:
-            counted = int((raw["labels"] != text.IGNORE).sum())
-            loss = model.loss(params, place(raw, model, mesh))
-            total += float(loss.full_tensor()) * counted
-            count += counted
-    return total / count / math.log(2)
+    def _keep(self, stop: Stop) -> bool:
+        """Save if it is time; whether to stop. All processes decide alike.
 
+        While an earlier save is still being written a new one waits for a later step, so that no
+        step waits for the disk.
+        """
+        if self.keeper is None:
+            return False
+        is_stopped, is_busy = any_of(self.mesh, bool(stop.signal), self.keeper.is_busy)
+        if not is_stopped and not is_busy and self.keeper.is_due(self.done):
+            wait = not self.keeper.table.async_
+            self.keeper.save(self.params, self.state, self.done, self.curve, wait=wait)
+        return is_stopped
 
-def collectives(made: Plan) -> Table:
-    """The step's collectives, summed by phase, kind, axes and op."""
-    rows: dict[tuple[str, str, str, str], tuple[int, float]] = {}
-    for c in made.collectives:
-        key = (c.phase, c.kind, " ".join(c.axes), c.op)
-        count, size = rows.get(key, (0, 0.0))
-        rows[key] = (count + c.repeat, size + c.bytes * c.repeat)
-    table = Table(title="collectives of one step, per device", title_justify="left")
-    for name in ("phase", "kind", "axes", "op"):
-        table.add_column(name)
-    for name in ("count", "bytes"):
-        table.add_column(name, justify="right")
-    for key, (count, size) in rows.items():
-        table.add_row(*key, f"{count:,}", f"{size:,.0f}")
-    return table
+    def evaluated(self, most: int | None = None) -> float:
+        """Validation loss of the parameters, or of their running mean."""
+        params = averaged(self.params, self.state)
+        return evaluate(self.model, params, self.corpus, self.config, self.mesh, most)
 
-
-def _rows(model: Model, mesh: Mesh) -> int:
-    """The smallest batch that the strategy can cut."""
-    return mesh.group_size(resolve(model.strategy["tokens"], 2).dims[0])
-
-
-def _scores(final: float, corpus: build.Corpus) -> Table:
-    table = Table(title="validation text, bits per byte", title_justify="left")
-    table.add_column("model")
-    table.add_column("bits per byte", justify="right")
-    for line in baselines(corpus.train_bytes, corpus.validation_bytes):
-        table.add_row(f"{line.name}, having seen {line.given}", f"{line.bits_per_byte:.3f}")
-    table.add_row("this run", f"{final:.3f}", style="bold")
-    return table
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} tokens/s"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def write(folder: Path, curve: Curve) -> None:
-    """The curve as numbers and as a picture."""
-    (folder / "loss.json").write_text(
-        json.dumps({"steps": curve.steps, "losses": curve.losses, "validation": curve.validation})
-    )
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    bits = [loss / math.log(2) for loss in curve.losses]
-    axes.plot(curve.steps, bits, linewidth=0.8, label="training")
-    if curve.validation:
-        axes.plot(*zip(*curve.validation, strict=True), "o-", label="validation")
-    axes.set(xlabel="step", ylabel="bits per byte")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
+    def end(self) -> None:
+        """Scores, a sample and the curve."""
+        console, run = self.console, self.config.run
+        final = self.evaluated()
+        self.curve.validation.append((self.done, final))
+        console.print(report.scores(final, self.corpus))
+        texts = sample(
+            self.model,
+            averaged(self.params, self.state),
+            self.mesh,
+            PROMPT,
+            length=LENGTH,
+            rows=rows(self.model, self.mesh),
+            seed=run.seed,
+        )
+        console.print(f"[bold]a sample[/bold]\n{'-' * 60}")
+        console.print(texts[0], markup=False)
+        if self.mesh.is_first:
+            folder = Path(run.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder, self.curve)
+            console.print(f"{'-' * 60}\nwrote {folder}/loss.png and {folder}/loss.json", markup=False)
