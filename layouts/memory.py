@@ -9,8 +9,9 @@ A move changes nothing but the place in the layout; its derivative is the move b
 at rest on the host has its gradient there too. Moves are differentiable, recorded as copies with
 their bytes per device, and planned on abstract meshes like everything else.
 
-"host" is pinned memory beside a GPU. On a machine without one, devices and host are one memory: then
-a move still gives tensors of their own, and the meter, which counts device memory, leaves them out.
+"host" is pinned memory beside a GPU. On a machine without one, devices and host are one memory:
+then a move still gives tensors of their own, and the meter, which counts device memory, leaves them
+out.
 """
 
 from __future__ import annotations
@@ -66,9 +67,7 @@ def with_memory(layout: Layout, memory: str) -> Layout:
     """
     if layout.memory == memory:
         return layout
-    return make(
-        layout.dims, layout.unreduced, layout.reduced, layout.varying, memory, layout.at
-    )
+    return make(layout.dims, layout.unreduced, layout.reduced, layout.varying, memory, layout.at)
 
 
 def away(tensor: Tensor) -> Tensor:
@@ -146,7 +145,9 @@ def run(
         for tensor in made:  # under a meter this is what counts it
             tensor.detach()
     # Never one tensor twice: each is the output of an autograd node.
-    return [made[p] if i == places.index(p) else made[p].view_as(made[p]) for i, p in enumerate(places)]
+    return [
+        made[p] if i == places.index(p) else made[p].view_as(made[p]) for i, p in enumerate(places)
+    ]
 
 
 def _key(shard: Tensor) -> Any:
@@ -160,7 +161,9 @@ def _onto(shard: Tensor, device: torch.device, before: str) -> Tensor:
     if before == "disk" and spill.behind(shard) is not None:
         shard = spill.read(shard, on_host(shard, device))
         return shard.to(device, non_blocking=True)
-    return torch.empty(shard.shape, dtype=shard.dtype, device=device).copy_(shard, non_blocking=True)
+    return torch.empty(shard.shape, dtype=shard.dtype, device=device).copy_(
+        shard, non_blocking=True
+    )
 
 
 def _off(shard: Tensor, device: torch.device, keep: bool) -> Tensor:
@@ -191,11 +194,11 @@ class Move(torch.autograd.Function):
         return None, None, None, None, *back
 
     @staticmethod
-    def jvp(ctx: Any, _kind: Any, _after: Any, _by: Any, _backward: Any, *tangents: Tensor) -> Any:  # noqa: D102
+    def jvp(ctx: Any, _kind: Any, _after: Any, _by: Any, _backward: Any, *tangents: Any) -> Any:  # noqa: D102
         return tuple(move_shards(ctx.kind, ctx.after, None, False, tangents))
 
     @staticmethod
-    def vmap(info: Any, dims: Any, kind: Type, after: str, by: Any, back: bool, *shards: Any) -> Any:  # noqa: D102
+    def vmap(info: Any, dims: Any, kind: Any, after: str, by: Any, back: bool, *shards: Any) -> Any:  # noqa: D102
         front = in_front(shards, dims[4:], info.batch_size)
         return tuple(move_shards(kind, after, by, back, front)), (0,) * len(shards)
 
@@ -274,7 +277,9 @@ def copied_into(x: ShardedTensor, place: ShardedTensor) -> ShardedTensor:
     size = x.local_shape.numel() * x.element_size()
     record.copied("to_device", size, x.mesh, record.context())
     with torch.no_grad():
-        for to, value in {s.data_ptr(): (s, v) for s, v in zip(place._shards, x._shards, strict=True)}.values():
+        for to, value in {
+            s.data_ptr(): (s, v) for s, v in zip(place._shards, x._shards, strict=True)
+        }.values():
             to.copy_(value, non_blocking=True)
     return ShardedTensor(place._shards, place._type.with_layout(place.layout, False))
 

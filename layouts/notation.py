@@ -26,7 +26,9 @@ STATES = {"U": "unreduced", "R": "reduced", "V": "varying"}
 _ITEM = re.compile(r"(?P<name>\.\.\.|[A-Za-z_]\w*|\d+)(?P<axes>(?:/[A-Za-z_]\w*)*)$")
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _STATE = re.compile(r"([A-Za-z]):([A-Za-z_]\w*(?:,[A-Za-z_]\w*)*)$")
-_PLACE = re.compile(r"@(?:(?P<memory>device|host|disk)|(?P<axis>[A-Za-z_]\w*)=(?P<at>-?\d+(?:,-?\d+)*))$")
+_PLACE = re.compile(
+    r"@(?:(?P<memory>device|host|disk)|(?P<axis>[A-Za-z_]\w*)=(?P<at>-?\d+(?:,-?\d+)*))$"
+)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ and `.../data` cuts the first dim that the axis divides, behind what cuts it alr
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from ..meshlib.errors import LayoutError, nearest
 from ..meshlib.mesh import Mesh
@@ -18,15 +19,90 @@ from . import notation
 from .layout import Layout, make, resolve
 
 Table = Mapping[str, str]
+T = TypeVar("T")
+ROLES = frozenset(  # of parameters, that presets have rows for whether a model has them or not
+    "w_q w_k w_v w_o b_q b_k b_v b_o q_norm k_norm w_up w_gate w_down b_up b_gate b_down "
+    "e_up e_gate e_down router w_mix b_mix embed head pos types cls w_patch b_patch b_vocab "
+    # activations' names that presets fill into the tables of parameters alike
+    "kv attended".split()
+)
+
+
+class Frozen(Mapping[str, T]):
+    """A mapping that nobody changes: hashed by its items, copied and sent as they are.
+
+    >>> table = Frozen({"w": "d f/tensor"})
+    >>> table == {"w": "d f/tensor"}, hash(table) == hash(Frozen(table))
+    (True, True)
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, T] | Iterable[tuple[str, T]] = ()) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, name: str) -> T:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._items, **other}
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self._items}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Frozen, (self._items,))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def is_pattern(role: str) -> bool:
+    """Whether a key of a table stands for several roles."""
+    return any(c in role for c in "*?[")
+
+
+def misnamed(row: str, names: tuple[str, ...], known: Iterable[str]) -> str:
+    """What is wrong with a row's dim names beside those that a parameter declares; "" if nothing.
+
+    Position says which dim is meant, so a name that is another dim's of this parameter, or that no
+    dim of the model has, is a mistake. Numbers, "_" and `...` are free, and so is the name of a dim
+    that this parameter has not: presets give one row to roles that differ in it.
+    """
+    parsed = notation.parse(row)
+    if parsed.rest is None:
+        pairs = list(zip(parsed.names, names, strict=False))
+    else:
+        behind = len(parsed.names) - parsed.rest
+        pairs = list(zip(parsed.names[: parsed.rest], names, strict=False))
+        if behind:
+            pairs += list(zip(parsed.names[-behind:], names[-behind:], strict=False))
+    known = set(known)
+    for here, there in pairs:
+        is_free = here == "_" or here.isdigit() or there.isdigit() or here == there
+        if not is_free and (here in names or here not in known):
+            close = [here] if here in names else difflib.get_close_matches(here, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close and close != [here] else ""
+            return (
+                f"'{row}' says {here!r} where the parameter has {there!r}{hint} ({' '.join(names)})"
+            )
+    return ""
 
 
 def find_row(table: Table, role: str, name: str) -> str:
     """The row of a role: exact, else the one pattern that matches."""
     if role in table:
         return table[role]
-    hits = [
-        p for p in table if p != "*" and any(c in p for c in "*?[") and fnmatch.fnmatchcase(role, p)
-    ]
+    hits = [p for p in table if p != "*" and is_pattern(p) and fnmatch.fnmatchcase(role, p)]
     if len(hits) > 1:
         raise LayoutError(f"strategy: role {role!r} matches two patterns of {name}: {hits}")
     if hits:

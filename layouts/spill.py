@@ -239,7 +239,7 @@ def behind(tensor: Tensor) -> tuple[File, int] | None:
     found = _FILES.get(tensor.untyped_storage()._cdata)
     if found is None:
         return None
-    return found[0], found[1] + tensor.storage_offset() * tensor.element_size()
+    return found[0], found[1] + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def write(tensors: Sequence[Tensor], name: str = "", into: File | None = None) -> list[Tensor]:
@@ -349,7 +349,9 @@ def read(tensor: Tensor, into: Tensor) -> Tensor:
         while done < len(data):
             got = CALLS.read(descriptor, data[done : done + PIECE], start + done)
             if not got:
-                raise SpillError(errno.EIO, f"{file.path} of {file.name} ends at {start + done:,} B")
+                raise SpillError(
+                    errno.EIO, f"{file.path} of {file.name} ends at {start + done:,} B"
+                )
             done += got
     except OSError as error:
         if isinstance(error, SpillError):
@@ -381,4 +383,4 @@ def _opened(file: File, flags: int) -> int:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor in host memory."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore

@@ -10,10 +10,11 @@ Two strategies multiply: `rows` says how their rows join.
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import optree
@@ -27,7 +28,17 @@ from .memory import to_memory, with_memory
 from .picture import Picture
 from .picture import Table as PictureTable
 from .reshard import reshard_one
-from .rows import Table, find_row, join_tables, rest_layout, row_layout
+from .rows import (
+    ROLES,
+    Frozen,
+    Table,
+    find_row,
+    is_pattern,
+    join_tables,
+    misnamed,
+    rest_layout,
+    row_layout,
+)
 from .sharded import ShardedTensor
 
 OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a mesh axis or ""
@@ -46,17 +57,32 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16,
+    "float16": torch.float16, "float64": torch.float64,
+}  # fmt: skip
+_TABLES = ("rest", "compute", "activations", "options")
+_NONE: Table = Frozen()
+
+
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes: of stored parameters, of computation, of sums between devices."""
+    """Dtypes: of stored parameters, of computation, of sums between devices.
+
+    Raises:
+        ValueError: a dtype that is none of float32, bfloat16, float16 and float64.
+    """
 
     param: torch.dtype = torch.float32
     compute: torch.dtype = torch.float32
     reduce: torch.dtype = torch.float32
 
-
-def _frozen(table: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(table))
+    def __post_init__(self) -> None:
+        for name, dtype in vars(self).items():
+            if dtype not in DTYPES.values():
+                raise ValueError(
+                    f"precision: {name} = {dtype!r}; expected torch.{', torch.'.join(DTYPES)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -81,8 +107,14 @@ class Strategy:
     equal: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rest", "compute", "activations", "options"):
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        for name in _TABLES:
+            table = getattr(self, name)
+            if not isinstance(table, Mapping):
+                raise TypeError(f"strategy: {name} = {table!r}; expected a table of role = layout")
+            for key, text in table.items():
+                if not isinstance(key, str) or not isinstance(text, str):
+                    raise TypeError(f"strategy: {name} has {key!r} = {text!r}; expected strings")
+            object.__setattr__(self, name, Frozen(table))
         for name, value in self.options.items():
             if name not in OPTIONS:
                 raise ValueError(f"strategy: unknown option {name!r}{nearest(name, OPTIONS)}")
@@ -92,6 +124,12 @@ class Strategy:
         for table in (self.rest, self.compute, self.activations):
             for row in table.values():
                 notation.parse(row)
+        if not isinstance(self.precision, Precision):
+            raise TypeError(f"strategy: precision = {self.precision!r}; expected a Precision")
+        if not isinstance(self.equal, tuple) or not all(_are_sides(axes) for axes in self.equal):
+            raise TypeError(
+                f"strategy: equal = {self.equal!r}; expected groups of 2 or 3 names of axes"
+            )
 
     def __getitem__(self, role: str) -> str:
         """An activation's row."""
@@ -112,6 +150,8 @@ class Strategy:
         return self.options.get(name, DEFAULTS[name])
 
     def __mul__(self, other: Strategy) -> Strategy:
+        if not isinstance(other, Strategy):
+            return NotImplemented
         return Strategy(
             join_tables(self.rest, other.rest),
             join_tables(self.compute, other.compute),
@@ -124,13 +164,17 @@ class Strategy:
     def replace(
         self,
         *,
-        rest: Table = MappingProxyType({}),
-        compute: Table = MappingProxyType({}),
-        activations: Table = MappingProxyType({}),
+        rest: Table = _NONE,
+        compute: Table = _NONE,
+        activations: Table = _NONE,
         precision: Precision | None = None,
         **options: str,
     ) -> Strategy:
         """The strategy with some rows and options changed."""
+        given: dict[str, Any] = {"rest": rest, "compute": compute, "activations": activations}
+        for name, table in given.items():
+            if not isinstance(table, Mapping):
+                raise TypeError(f"strategy: {name} = {table!r}; expected a table of role = layout")
         return replace(
             self,
             rest={**self.rest, **rest},
@@ -177,21 +221,46 @@ class Strategy:
         """The layout at rest of each declared parameter; see also `left_whole`.
 
         Raises:
-            LayoutError: indivisible sizes or a row that does not fit, all of them, by path.
+            LayoutError: indivisible sizes, a row that does not fit or that names other dims than
+                the parameter has, all of them, by path.
             MeshError: an axis that the mesh has not.
+
+        Warns:
+            UserWarning: a row of a role that neither a parameter nor a preset has.
         """
         paths, leaves, spec = optree.tree_flatten_with_path(declaration)
         found: list[Layout] = []
         problems = self._unequal(mesh)
+        known = {*_mapping(sizes), *(name for param in leaves for name in param.names)}
+        self._warn_of_unused({str(path[-1]) for path in paths if path})
         for path, param in zip(paths, leaves, strict=True):
-            name = ".".join(map(str, path))
+            name, role = ".".join(map(str, path)), str(path[-1])
+            own = param.names[len(param.stacked) :]
+            rows = {"rest": self.rest_row(role), "compute": self.compute_row(role)}
+            wrong = [
+                f"{name}: {table} row of {role}: {text}"
+                for table, row in rows.items()
+                if (text := misnamed(row, own, known))
+            ]
+            problems += wrong
             try:
-                found.append(self._rest_layout(str(path[-1]), param, sizes, mesh))
+                found.append(self._rest_layout(role, param, sizes, mesh))
             except LayoutError as error:
-                problems.append(f"{name}: {error}")
+                problems += [] if wrong else [f"{name}: {error}"]
         if problems:
             raise LayoutError("\n".join(problems), kind="indivisible")
         return spec.unflatten(found)
+
+    def _warn_of_unused(self, declared: set[str]) -> None:
+        """Tell of rows that a typing error in the role has kept from every parameter."""
+        for table in ("rest", "compute"):
+            for role in getattr(self, table):
+                if not is_pattern(role) and role not in ROLES and role not in declared:
+                    warnings.warn(
+                        f"strategy: the {table} row of {role!r} is no parameter's"
+                        f"{nearest(role, sorted(declared))}",
+                        stacklevel=3,
+                    )
 
     def _unequal(self, mesh: Mesh) -> list[str]:
         """What is wrong with the sizes of the axes."""
@@ -236,12 +305,12 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
         problems = self._unequal(mesh)
         for (name, axes), roles in wrong.items():
             n = mesh.group_size(axes)
-            hint = f"; pad it: pad.{name} = {n}" if name in PADDABLE else ""
+            hint = _hint(name, n, known)
             roles = [role for role in roles if role != "*"] or roles
             more_roles = f" and {len(roles) - 3} more" if len(roles) > 3 else ""
             problems.append(
-                f"dim {name!r} of size {known[name]} ({', '.join(roles[:3])}{more_roles}) is not divisible by "
-                f"{n} ({'/'.join(axes)!r}){hint}"
+                f"dim {name!r} of size {known[name]} ({', '.join(roles[:3])}{more_roles}) "
+                f"is not divisible by {n} ({'/'.join(axes)!r}){hint}"
             )
         if problems:
             raise LayoutError("strategy: " + "\n".join(problems), kind="indivisible")
@@ -253,6 +322,14 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
         layer = self.option("layer")
         ahead = tuple((layer,) if layer and name == "layer" else () for name in param.stacked)
         full = make(ahead + row.dims, row.unreduced, row.reduced, row.varying, row.memory, row.at)
+        for name, size, axes in zip(param.names, shape, full.dims, strict=True):
+            n = mesh.group_size(axes)
+            if size % n and not name.isdigit():
+                raise LayoutError(
+                    f"rest row of {role}: dim {name!r} of size {size} is not divisible by {n} "
+                    f"({'/'.join(axes)!r}){_hint(name, n, _mapping(sizes))}",
+                    kind="indivisible",
+                )
         full.check(shape, mesh, f"rest row of {role}")
         return full
 
@@ -296,17 +373,15 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
     def to_toml(self) -> str:
         """The strategy as TOML tables, which `strategies.from_toml` reads back."""
         lines = ["[strategy]"]
-        lines += [f'{name} = "{value}"' for name, value in self.options.items()]
+        lines += [f"{name} = {_quoted(value)}" for name, value in self.options.items()]
         if self.equal:
-            lines.append(f"equal = {[list(axes) for axes in self.equal]}".replace("'", '"'))
+            lines.append(f"equal = {json.dumps(self.equal)}")
         for name in ("rest", "compute", "activations"):
             lines += ["", f"[strategy.{name}]"]
-            lines += [f'"{role}" = "{row}"' for role, row in getattr(self, name).items()]
+            lines += [f"{_quoted(k)} = {_quoted(row)}" for k, row in getattr(self, name).items()]
+        names = {dtype: name for name, dtype in DTYPES.items()}
         lines += ["", "[precision]"]
-        lines += [
-            f'{name} = "{str(getattr(self.precision, name)).removeprefix("torch.")}"'
-            for name in ("param", "compute", "reduce")
-        ]
+        lines += [f'{name} = "{names[dtype]}"' for name, dtype in vars(self.precision).items()]
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
@@ -324,3 +399,27 @@ def _mapping(sizes: Any) -> Mapping[str, int]:
     """Dim to size, of a mapping, a config with `sizes`, or any object."""
     sizes = getattr(sizes, "sizes", sizes)
     return sizes if isinstance(sizes, Mapping) else vars(sizes)
+
+
+def _are_sides(axes: Any) -> bool:
+    return isinstance(axes, tuple) and len(axes) in (2, 3) and all(isinstance(a, str) for a in axes)
+
+
+def _quoted(text: str) -> str:
+    """A string as TOML and JSON both write it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _hint(name: str, n: int, sizes: Mapping[str, int]) -> str:
+    """How a dim that n devices do not divide can be made to fit, by its name."""
+    if name == "kv_heads":
+        return (
+            f'; leave keys and values whole: kv="replicate" of the preset; '
+            f"or pad them, and heads along: pad.kv_heads = {n}"
+        )
+    if name == "heads" and sizes.get("kv_heads", sizes.get("heads")) != sizes.get("heads"):
+        return (
+            f"; pad it: pad.kv_heads = {n}, which pads heads along, "
+            f'or pad.heads = {n} with kv="replicate" of the preset'
+        )
+    return f"; pad it: pad.{name} = {n}" if name in PADDABLE else ""

@@ -20,7 +20,7 @@ import torch
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _INNER = tuple(
     os.path.join(_ROOT, folder) + os.sep
-    for folder in ("meshlib", "layouts", "kernels", "ops", "optim")
+    for folder in ("meshlib", "layouts", "kernels", "ops", "optim", "interop")
 )
 _FOREIGN = (os.sep + "torch" + os.sep, os.sep + "optree" + os.sep, os.sep + "einops" + os.sep)
 

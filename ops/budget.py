@@ -1,11 +1,11 @@
 """Placement: which tensors of a step live on the host so that its peak fits a device budget.
 
-A step is traced once on the abstract mesh, without memory: which tensors each op needs, when each is
-made and when nobody holds it any more. On that schedule tensors are paged: what an op needs must be
-on the device; to make room, a tensor that may leave goes to the host, the one whose next use is
-farthest (Belady). So everything is decided before anything is allocated. Arguments that never leave
-are at rest on the device, the others on the host. Temporaries cannot leave; arguments, results and
-what the forward saves for the backward can.
+A step is traced once on the abstract mesh, without memory: which tensors each op needs, when each
+is made and when nobody holds it any more. On that schedule tensors are paged (`paging`): what an op
+needs must be on the device; to make room, a tensor that may leave goes to the host, the one whose
+next use is farthest. So everything is decided before anything is allocated. Arguments that never
+leave are at rest on the device, the others on the host. Temporaries cannot leave; arguments,
+results and what the forward saves for the backward can.
 
 Source: Fang et al. 2021 (arXiv 2108.05818), which samples a step where this traces it.
 """

@@ -1,7 +1,7 @@
 """Paging: run a schedule of uses in a bounded memory, moving few bytes.
 
-What an op needs must be on the device. To make room, a tensor that may leave goes to the host: with
-tensors of one size, all with a copy there, the one whose next use is farthest moves the fewest bytes
+What an op needs must be on the device. To make room, a tensor that may leave goes to the host. With
+tensors of one size, all with a copy there, it is best to take the one whose next use is farthest
 (Belady). Otherwise no simple rule does: `decide` takes the best of several, at the budget and at
 fixed smaller ones, so that a larger budget never costs more.
 

@@ -351,7 +351,7 @@ def plan(f: Callable[..., Any], *args: Any, mesh: Mesh | None = None, **kwargs: 
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of the ShardedTensors in a tree; what is off it counts nothing."""
+    """Bytes in device memory that one device holds of the ShardedTensors in a tree."""
     return sum(
         math.prod(x.local_shape) * x.element_size()
         for x in optree.tree_leaves(tree)

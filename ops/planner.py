@@ -187,9 +187,7 @@ def _nothing(rule: Rule, kinds: Sequence[Type]) -> Decision:
         {},
         tuple(k.layout for k in kinds),
         ((),) * len(kinds),
-        tuple(
-            make(((),) * len(dims), memory=like.memory, at=like.at) for dims in rule.outputs
-        ),
+        tuple(make(((),) * len(dims), memory=like.memory, at=like.at) for dims in rule.outputs),
         frozenset(),
         0,
         {},

@@ -23,7 +23,7 @@ from ..layouts.place import full
 from ..layouts.sharded import ShardedTensor
 from ..meshlib.errors import nearest
 from ..meshlib.mesh import Mesh
-from .donate import give_up
+from ..ops.transforms.donation import give_up
 from .flat import elementwise
 
 Needs = Literal["elementwise", "reduction", "matrix"]

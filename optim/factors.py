@@ -95,8 +95,11 @@ def _lerp(old: Tensor, new: Tensor, weight: Any) -> Tensor:
 
 
 def outer(row: Tensor, col: Tensor, mean: Tensor) -> Tensor:
-    """The matrix with these row and column means: their product over the mean of the rows."""
-    return row.unsqueeze(-1) * col.unsqueeze(-2) / mean.unsqueeze(-1).unsqueeze(-1)
+    """The matrix with these row and column means: their product over the mean of the rows.
+
+    Rows are divided first: the product of two small means would be 0 in float32.
+    """
+    return (row / mean.unsqueeze(-1)).unsqueeze(-1) * col.unsqueeze(-2)
 
 
 def root_mean_squares(leaves: Sequence[ShardedTensor], stacked: Sequence[bool]) -> list[Any]:

@@ -4,11 +4,11 @@
     host                        the update, a group at a time
     disk                        state read a group ahead          state written back
 
-A step cuts the parameters into groups of a few megabytes. Of each group the gradients and parameters
-go to the host, the update runs there, and the new parameters come back; with disk, a thread reads
-the state of the next group meanwhile, so that the states of two groups are in host memory. Results
-are those of the resident optimizer, bit for bit on one kind of processor. The state is that of the
-transform inside, with its names: only the memory in its layouts differs.
+A step cuts the parameters into groups of some megabytes. Of each group the gradients and the
+parameters go to the host, the update runs there, and the new parameters come back; with disk, a
+thread reads the state of the next group meanwhile, so that the states of two groups are in host
+memory. Results are those of the resident optimizer, bit for bit on one kind of processor. The state
+is that of the transform inside, with its names: only the memory in its layouts differs.
 
 Source: Ren et al. 2021 (arXiv 2101.06840), section 4; Rajbhandari et al. 2021 (arXiv 2104.07857),
 section 5.
@@ -94,7 +94,9 @@ def offload(
         return _merged(made)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        return _Step(t, grads, state, params, groups(params, grads), False).run(t.update, keep=False)
+        return _Step(t, grads, state, params, groups(params, grads), False).run(
+            t.update, keep=False
+        )
 
     def fused(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
         step = _Step(t, grads, state, params, groups(params, grads), donate)
@@ -205,9 +207,11 @@ class _Step:
                 continue
             if isinstance(x, ShardedTensor) and isinstance(old, ShardedTensor):
                 over = old if self.donate else None
-                path = self.paths[self.columns[k] or 0]
-                x = memories.stored(x, over, path) if _memory(old) == "disk" else x
-                x = x if _memory(old) == "disk" else memories.to_memory(x, _memory(old))
+                if _memory(old) == "disk":
+                    column = self.columns[k]
+                    x = memories.stored(x, over, self.paths[column] if column is not None else "")
+                else:
+                    x = memories.to_memory(x, _memory(old))
             after[k] = x
 
     def _record(self, kind: Literal["read", "write"], members: Sequence[int]) -> None:
@@ -215,7 +219,7 @@ class _Step:
         if not record.LOGS:
             return
         for x, column in zip(self.olds, self.columns, strict=True):
-            if column in members and _memory(x) == "disk":
+            if column is not None and column in members and _memory(x) == "disk":
                 with record.acting("step", "reshard", self.paths[column]):
                     size = x.local_shape.numel() * x.element_size()
                     record.copied(kind, size, x.mesh, record.context())
@@ -240,8 +244,7 @@ def _again(x: ShardedTensor) -> ShardedTensor:
 def _owns(x: ShardedTensor) -> bool:
     """Whether nothing but this tensor lies in its shards' memory, as far as sizes tell."""
     return not any(
-        s.is_meta or s.untyped_storage().nbytes() != s.numel() * s.element_size()
-        for s in x._shards
+        s.is_meta or s.untyped_storage().nbytes() != s.numel() * s.element_size() for s in x._shards
     )
 
 
@@ -302,10 +305,11 @@ def _columns(state: Any, params: Any) -> list[int | None]:
             parts = None
         if parts is not None:
             for number, part in enumerate(parts):
-                for x in optree.tree_leaves(part, none_is_leaf=True):
-                    found.append(number)
+                found.extend([number] * len(optree.tree_leaves(part, none_is_leaf=True)))
             return
-        children = optree.tree_flatten_one_level(node, none_is_leaf=True)[0] if _is_node(node) else None
+        children = (
+            optree.tree_flatten_one_level(node, none_is_leaf=True)[0] if _is_node(node) else None
+        )
         if children is None:
             found.append(None)
             return

@@ -1,18 +1,19 @@
 """`jit`: a whole step (forward, backward, optimizer) as one graph of local ops and collectives.
 
-The function runs once on fake tensors, where every op of every shard is written down by `make_fx`;
-what it returns is known by type, so the graph has no branches left. Passes go over the graph, then
-inductor turns it into code. A call looks its arguments' types up, hands their shards to the code
-and wraps the results: nothing of the library runs in between.
+The function runs once on fake tensors, where `make_fx` writes down every op of every shard; the
+types of its results are known then, so nothing of the library is left in the graph. Passes go over
+it, then inductor turns it into code. A later call looks its arguments' types up, hands their shards
+to the code and wraps what comes back.
 
-The values of plain numbers among the arguments, and of keys, are part of the graph.
+Plain numbers, strings and random keys among the arguments are part of the program: other values
+are another program.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,12 @@ from ..plan import Plan, record
 from . import passes
 from .donation import give_up
 
-NAMESPACE = "shardwise"
+NAMESPACE = "shardwise"  # in which a ShardedTensor opens into its shards
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured step: prints one line an op, each collective with its axes and bytes."""
+    """A captured step: prints one line an op; `module` is the torch.fx.GraphModule."""
 
     module: torch.fx.GraphModule
 
@@ -43,14 +44,15 @@ class Graph:
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled signature of a function.
+    """One signature of a function, compiled.
 
     Attributes:
         graph: after the passes.
-        plan: what it communicates and computes, as recorded while it was captured.
+        plan: what the step communicates and computes, recorded while it was captured.
         seconds: that capture and compilation took.
         run: shards in, shards out.
-        result: the structure of what the function returns; its leaves that are no tensors.
+        result: the structure of what the function returns.
+        constants: leaves of it that are no tensors, by position.
     """
 
     graph: Graph
@@ -61,6 +63,7 @@ class Program:
     constants: tuple[tuple[int, Any], ...]
 
     def __call__(self, shards: Sequence[Tensor]) -> Any:
+        """The function's result."""
         leaves = list(self.run(shards))
         for position, value in self.constants:
             leaves.insert(position, value)
@@ -71,7 +74,11 @@ class Jitted:
     """What `jit` returns: call it like the function."""
 
     def __init__(
-        self, f: Callable[..., Any], donated: frozenset[int], static: frozenset[int], options: Any
+        self,
+        f: Callable[..., Any],
+        donated: frozenset[int],
+        static: frozenset[int],
+        options: Mapping[str, Any],
     ) -> None:
         self.f = f
         self.donated = donated
@@ -93,7 +100,7 @@ class Jitted:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds that capturing and compiling the latest call's signature took."""
+        """Seconds that capturing and compiling the latest call's program took."""
         return self._latest().seconds
 
     def _latest(self) -> Program:
@@ -102,34 +109,49 @@ class Jitted:
         return self.last
 
     def __call__(self, *args: Any) -> Any:
-        leaves, spec = optree.tree_flatten(args, namespace=NAMESPACE)
-        shards = [x for x in leaves if isinstance(x, Tensor)]
-        others = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+        """The function's result, from compiled code."""
+        fixed = tuple(args[i] if i in self.static else None for i in range(len(args)))
+        free: Any = tuple(None if i in self.static else x for i, x in enumerate(args))
+        leaves, spec = optree.tree_flatten(free, none_is_leaf=False, namespace=NAMESPACE)
+        shards = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        given = self._given(free)
         key = (
             spec,
-            others,
-            tuple((x.shape, x.dtype, x.device) for x in shards),
+            fixed,
+            tuple(None if isinstance(x, Tensor) else x for x in leaves),
+            tuple((x.shape, x.dtype, x.device, x.stride()) for x in shards),
+            tuple(given),
             torch.is_grad_enabled(),
         )
         program = self.programs.get(key)
         if program is None:
-            program = self.programs[key] = self._compiled(spec, leaves, args)
+            program = self.programs[key] = self._program(spec, fixed, leaves, shards, given)
         self.last = program
         with torch.no_grad():
-            result = program([x.detach() for x in shards])
+            result = program(shards)
         for number in self.donated:
             give_up(args[number], result)
         return result
 
-    def _compiled(self, spec: Any, leaves: Sequence[Any], args: Any) -> Program:
+    def _program(
+        self,
+        spec: Any,
+        fixed: Sequence[Any],
+        leaves: Sequence[Any],
+        shards: Sequence[Tensor],
+        given: Sequence[int],
+    ) -> Program:
         start = time.perf_counter()
         found: dict[str, Any] = {}
 
-        def flat(*shards: Tensor) -> list[Tensor]:
-            given = iter(shards)
-            filled = [next(given) if isinstance(x, Tensor) else x for x in leaves]
+        def flat(*inputs: Tensor) -> list[Tensor]:
+            rest = iter(inputs)
+            filled = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
+            args = list(optree.tree_unflatten(spec, filled))
+            for number in self.static & set(range(len(args))):
+                args[number] = fixed[number]
             with record() as made:
-                result = self.f(*optree.tree_unflatten(spec, filled))
+                result = self.f(*args)
             results, found["spec"] = optree.tree_flatten(result, namespace=NAMESPACE)
             found["plan"] = made
             found["constants"] = tuple(
@@ -137,25 +159,35 @@ class Jitted:
             )
             return [x for x in results if isinstance(x, Tensor)]
 
-        inputs = [x.detach() for x in leaves if isinstance(x, Tensor)]
-        module = passes.captured(flat, inputs)
-        passes.reuse(module, self._given(args))
-        run = passes.compiled(module, inputs, self.options)
+        module = passes.captured(flat, shards)
+        passes.reuse(module, given)
+        run = passes.compiled(module, shards, self.options)
         seconds = time.perf_counter() - start
-        return Program(Graph(module), found["plan"], seconds, run, found["spec"], found["constants"])
+        plan, result, constants = found["plan"], found["spec"], found["constants"]
+        return Program(Graph(module), plan, seconds, run, result, constants)
 
     def _given(self, args: Sequence[Any]) -> list[int]:
-        """Positions, among the shards, of those that the code may write into."""
-        positions: list[int] = []
+        """Positions, among the shards, of those whose memory the results may take.
+
+        Not where storages are shared, as replicas of a simulated mesh do: the code would write over
+        what another shard has yet to read.
+        """
+        positions: list[tuple[int, int]] = []
+        counts: dict[int, int] = {}
         at = 0
         for number, arg in enumerate(args):
-            count = sum(
-                isinstance(x, Tensor) for x in optree.tree_leaves(arg, namespace=NAMESPACE)
+            several = any(
+                isinstance(x, ShardedTensor) and len(x._shards) > 1 for x in optree.tree_leaves(arg)
             )
-            if number in self.donated:
-                positions += range(at, at + count)
-            at += count
-        return positions
+            for leaf in optree.tree_leaves(arg, namespace=NAMESPACE):
+                if not isinstance(leaf, Tensor):
+                    continue
+                storage = leaf.untyped_storage()._cdata
+                counts[storage] = counts.get(storage, 0) + 1
+                if number in self.donated and not several:
+                    positions.append((at, storage))
+                at += 1
+        return [position for position, storage in positions if counts[storage] == 1]
 
 
 def jit(
@@ -163,21 +195,31 @@ def jit(
     *,
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
-    options: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The function as one compiled graph; also a decorator.
 
     Args:
-        f: a pure function of trees of ShardedTensors, on any mesh but an abstract one.
+        f: a pure function of trees of ShardedTensors; positional arguments only.
         donate_argnums: arguments whose memory the results may take; they raise if used again.
-        static_argnums: arguments that are part of the program, compared by `==`.
-        options: of inductor.
+        static_argnums: arguments that are part of the program whatever they are; hashable.
+        options: of inductor; `{"backend": "eager"}` runs the graph as it is.
 
     Returns:
         A callable with `.graph` (prints), `.plan` and `.compile_seconds` of its latest call.
 
     Cost: the first call with given types captures and compiles; inductor keeps compiled code on
     disk, so that another process starts faster.
+
+    >>> import torch, shardwise as sw
+    >>> mesh = sw.make_mesh({"tensor": 2})
+    >>> x = sw.shard(torch.ones(4, 4), mesh, "a b/tensor")
+    >>> w = sw.shard(torch.ones(4, 2), mesh, "b/tensor c")
+    >>> f = sw.jit(lambda x, w: sw.reshard(x @ w, "a c"), options={"backend": "eager"})
+    >>> f(x, w)
+    f32[4 2] local[4 2] on mesh(tensor=2)
+    >>> f.plan.count(kind="all_reduce")
+    1
     """
     if f is None:
         return functools.partial(
@@ -187,4 +229,4 @@ def jit(
     def numbers(given: int | Sequence[int]) -> frozenset[int]:
         return frozenset((given,) if isinstance(given, int) else given)
 
-    return Jitted(f, numbers(donate_argnums), numbers(static_argnums), options)
+    return Jitted(f, numbers(donate_argnums), numbers(static_argnums), dict(options or {}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,8 @@ def reuse(module: Module, given: Sequence[int]) -> None:
         source = inputs[position]
         for number in free:
             result = results[number]
-            if isinstance(result, torch.fx.Node) and result.op != "placeholder" and _alike(source, result):
+            is_made = isinstance(result, torch.fx.Node) and result.op != "placeholder"
+            if is_made and _alike(source, result):
                 with module.graph.inserting_before(output):
                     results[number] = module.graph.call_function(
                         torch.ops.aten.copy_.default, (source, result)
@@ -134,12 +135,20 @@ def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
     )
 
 
-def compiled(module: Module, inputs: Sequence[Tensor], options: Any) -> Callable[..., Any]:
+def compiled(
+    module: Module, inputs: Sequence[Tensor], options: Mapping[str, Any]
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     """Code of the graph: a function of the list of inputs."""
+    options = dict(options)
+    backend = options.pop("backend", "inductor")
+    if backend == "eager":
+        return lambda shards: module(*shards)
+    if backend != "inductor":
+        raise ValueError(f"jit: unknown backend {backend!r} (known: 'inductor', 'eager')")
     from torch._inductor import compile as inductor
 
     with torch.no_grad():
-        run = inductor(module, list(inputs), options=options or {})
+        run: Any = inductor(module, list(inputs), options=options)
     return lambda shards: run(*shards)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import optree
 import torch
@@ -56,8 +56,9 @@ def remat(
         recompute: "all" keeps the arguments only; "cheap" also the results of matmuls and
             attention, so that only what is cheap runs again; "none" keeps everything.
         offload: what is kept for backward goes to the host, pinned beside a GPU, and comes back
-            when needed: with "all" the activations among the arguments, with "none" everything
-            that the ops save. Parameters stay where they are.
+            when needed: with "all" and "cheap" the activations among the arguments (what "cheap"
+            keeps beside them stays), with "none" everything that the ops save. Parameters stay
+            where they are. In records, what simulated devices share counts once.
 
     Cost: the forward of `f` once more, its collectives too, in the phase "recompute"; "cheap" no
     matmuls. A gather with `save="shard"` inside is simply part of what runs again.
@@ -101,7 +102,8 @@ def _again(
     With `offload` its activations go in as tensors, which the checkpoint saves through the hooks;
     otherwise the function simply holds them. Parameters are held in both cases: they exist anyway.
     """
-    leaves, spec = optree.tree_flatten((args, kwargs), none_is_leaf=True)
+    both: Any = (args, kwargs)
+    leaves, spec = optree.tree_flatten(both, none_is_leaf=True)
     sent = [i for i, x in enumerate(leaves) if offload and _is_activation(x)]
     shards = [s for i in sent for s in leaves[i]._shards]
     kinds = [(leaves[i]._type, len(leaves[i]._shards)) for i in sent]
@@ -113,12 +115,12 @@ def _again(
         values, at = list(held), iter(given)
         for i, (kind, count) in zip(sent, kinds, strict=True):
             values[i] = ShardedTensor(tuple(next(at) for _ in range(count)), kind)
-        inside, named = spec.unflatten(values)
+        inside, named = cast(Any, spec.unflatten(values))
         with saving.suspended(), again:
             return f(*inside, **named)
 
     contexts: Any = {"context_fn": _cheap} if recompute == "cheap" else {}
-    del args, kwargs, leaves
+    del args, kwargs, both, leaves
     return checkpoint(body, *shards, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 

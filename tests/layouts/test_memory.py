@@ -9,7 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ AWAY = ("host", "disk")
 
 
 @pytest.fixture(autouse=True)
-def _own_root(tmp_path: Path) -> None:
+def _own_root(tmp_path: Path) -> Iterator[None]:
     spill.spill_to(tmp_path / "spill")
     yield
     spill.remove_all()
@@ -146,11 +146,11 @@ def test_math_runs_on_the_host_and_memories_do_not_mix():
     on = mesh(a=2)
     x = sw.shard(values(4), on, "_/a")
     h = sw.reshard(x, "... @host")
-    y = torch.exp(h * 2 + torch.ones(4, dtype=torch.float64))
+    y: sw.ShardedTensor = torch.exp(h * 2 + torch.ones(4, dtype=torch.float64))  # pyright: ignore
     assert y.layout.memory == "host"
     close(y, torch.exp(values(4) * 2 + 1))
     with pytest.raises(sw.LayoutError, match="operands lie in different memories"):
-        x + h
+        torch.add(x, h)  # pyright: ignore
     with pytest.raises(sw.LayoutError, match="is on disk, where nothing is computed"):
         torch.exp(sw.reshard(x, "... @disk"))
 
@@ -210,7 +210,9 @@ def test_the_meter_counts_device_memory_only(place):
 
 def test_a_row_of_a_strategy_places_a_parameter_and_its_use_brings_it():
     on = mesh(data=2)
-    s = sw.strategies.fsdp("data").replace(rest={"w": ".../data @host"}, compute={"w": "... {R:data}"})
+    s = sw.strategies.fsdp("data").replace(
+        rest={"w": ".../data @host"}, compute={"w": "... {R:data}"}
+    )
     s = s.replace(precision=sw.Precision(compute=torch.float64, reduce=torch.float64))
     w = sw.shard(values(4, 6), on, "_/data _ @host")
     with sw.record() as plan:
@@ -352,6 +354,7 @@ PROGRAM = """if True:
     x = sw.shard(torch.ones(8), sw.make_mesh({"a": 2}), "_/a @disk")
     from shardwise.layouts import spill
     print(spill.home(), flush=True)
+    FILE = spill.home() / 'lock'
     {end}
 """
 
@@ -380,7 +383,10 @@ def start(end: str, root: Path) -> tuple[subprocess.Popen[str], Path]:
         ("sys.exit(0)", 0),
         ("raise RuntimeError", 1),
         ("time.sleep(60)", -signal.SIGTERM),
-        ("pid = os.fork(); pid or sys.exit(0); os.waitpid(pid, 0); open(x.shards and spill.home() / 'lock').close()", 0),
+        (
+            "pid = os.fork(); pid or sys.exit(0); os.waitpid(pid, 0); open(FILE).close()",
+            0,
+        ),
     ],
     ids=["exit", "exception", "SIGTERM", "fork"],
 )
@@ -411,5 +417,4 @@ def test_left_overs_of_the_killed_are_cleaned_and_of_the_living_kept(tmp_path):
     finally:
         living.terminate()
         living.wait(timeout=60)
-    time.sleep(0)
     assert not other.exists()

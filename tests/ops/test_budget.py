@@ -36,10 +36,10 @@ def schedules(draw: st.DrawFn, *, plain: bool) -> Schedule:
     given_ = draw(st.tuples(*[st.booleans()] * count))
     last = [max((at for at, op in enumerate(uses) if i in op), default=0) for i in numbers]
     stays = draw(st.tuples(*[st.integers(0, 2)] * count))
-    until = tuple(
-        NEVER if given_[i] or not stays[i] else last[i] + stays[i] - 1 for i in numbers
+    until = tuple(NEVER if given_[i] or not stays[i] else last[i] + stays[i] - 1 for i in numbers)
+    can_leave = tuple(
+        a or b for a, b in zip(given_, draw(st.tuples(*[st.booleans()] * count)), strict=True)
     )
-    can_leave = tuple(a or b for a, b in zip(given_, draw(st.tuples(*[st.booleans()] * count)), strict=True))
     sizes = draw(st.tuples(*[st.integers(1, 6)] * count))
     return Schedule(uses, sizes, given_, until, can_leave)
 
@@ -63,9 +63,7 @@ def fewest(schedule: Schedule, capacity: int) -> int | None:
                 now = (here - set(gone)) | needed
                 if bytes_of(now) > capacity:
                     continue
-                came = bytes_of(
-                    i for i in needed - here if schedule.given[i] or times[i][0] != at
-                )
+                came = bytes_of(i for i in needed - here if schedule.given[i] or times[i][0] != at)
                 went = bytes_of(set(gone) - clean)
                 left = frozenset(i for i in now if schedule.until[i] != at)
                 rest = best(at + 1, left, clean | set(gone))

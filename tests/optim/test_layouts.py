@@ -153,7 +153,7 @@ def test_a_donated_step_needs_no_new_buffers_and_its_arguments_cannot_be_read(na
     assert pointers == {
         s.data_ptr() for x in sw.tree.leaves([new, after]) for s in x.shards if s.ndim
     }
-    with pytest.raises(sw.LayoutError, match="was donated to an optimizer step") as error:
+    with pytest.raises(sw.LayoutError, match="was donated") as error:
         params["w"] + 1
     assert error.value.kind == "donated"
     with pytest.raises(sw.LayoutError, match="was donated"):

@@ -328,4 +328,18 @@ def test_a_step_is_layout_stable():
 
 def test_unknown_memories_are_refused():
     with pytest.raises(ValueError, match="memory is 'host' or 'disk', got 'tape'"):
-        optim.offload(optim.sgd(0.1), "tape")
+        optim.offload(optim.sgd(0.1), "tape")  # pyright: ignore
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_checkpoint_does_not_know_where_the_state_lay(memory, tmp_path):
+    on = mesh(data=2)
+    p = {"w": sw.full((8, 4), 1.0, on, "i/data o")}
+    opts = {"there": optim.adam(0.1), "away": optim.offload(optim.adam(0.1), memory)}
+    after = {name: opt.step(p, opt.init(p), p)[1] for name, opt in opts.items()}
+    for name, other in (("there", "away"), ("away", "there")):
+        sw.checkpoint.save(tmp_path / name, after[name], step=1)
+        back = sw.checkpoint.restore(tmp_path / name, opts[other].init(p))
+        for (path, a), (_, b) in zip(sw.tree.items(back), sw.tree.items(after[other]), strict=True):
+            assert str(a) == str(b), path
+            assert torch.equal(a.full_tensor(), b.full_tensor()), path

@@ -24,7 +24,7 @@ tensor = 2
 preset = ["data", "tensor_1d"]
 [model]
 family = "gpt2"
-layer = 2
+layer = 1
 embed = 16
 heads = 2
 [data]

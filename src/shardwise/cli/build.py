@@ -96,7 +96,8 @@ def build_strategy(config: Config) -> Strategy:
 def _cut_parameters(presets: Sequence[Preset], axes: Sequence[str]) -> list[Preset]:
     """The presets, with fsdp in the place of data over these axes."""
     over = [
-        (preset.axes or ("data",))[0] if preset.name in ("data", "fsdp") else "" for preset in presets
+        (preset.axes or ("data",))[0] if preset.name in ("data", "fsdp") else ""
+        for preset in presets
     ]
     for axis in axes:
         if axis not in over:

@@ -53,6 +53,8 @@ KEYS: dict[str, Any] = {
     "dtype": Dtype,
 }
 OWN: dict[tuple[str, str], Any] = {("came", "eps"): _TwoNumbers}
+# Muon leaves vectors and tables to AdamW, at the same rate: so its updates are as long as AdamW's.
+DEFAULTS: dict[tuple[str, str], Any] = {("muon", "match"): "adamw"}
 RENAMED = {"decay": "decay_rate"}  # [optimizer] decay is the schedule's
 # Keywords that are no keys: the program gives them.
 GIVEN = frozenset({"lr", "mask", "stacked", "fold", "weights", "coefficients", "rounding", "seed"})
@@ -61,7 +63,11 @@ GIVEN = frozenset({"lr", "mask", "stacked", "fold", "weights", "coefficients", "
 def _keys(name: str, make: Callable[..., Any]) -> type:
     """A dataclass whose fields are the keys of one optimizer."""
     fields = [
-        (RENAMED.get(key, key), OWN.get((name, key), KEYS[key]), field(default=p.default))
+        (
+            RENAMED.get(key, key),
+            OWN.get((name, key), KEYS[key]),
+            field(default=DEFAULTS.get((name, key), p.default)),
+        )
         for key, p in inspect.signature(make).parameters.items()
         if key in KEYS
     ]

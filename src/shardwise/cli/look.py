@@ -1,17 +1,21 @@
-"""`shardwise plan FILE` and `shardwise show …`: what a run would do, without running it.
+"""`shardwise plan`, `show` and `inspect`: what a run would do, and what one has saved.
 
-The mesh is abstract: a file for a thousand devices is planned on a laptop, without memory. An axis
+A planned mesh is abstract: a file for a thousand devices is planned on a laptop, without memory. An axis
 of size -1 counts as 1, since there are no processes to share out.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import checkpoint
+from ..checkpoint import Manifest
 from ..layouts.layout import Layout
 from ..layouts.picture import Picture
 from ..layouts.place import zeros
@@ -88,6 +92,47 @@ def drawn(text: str) -> Picture:
     }
     mesh = make_mesh({**axes, **{k: int(v) for k, v in given.items()}} or {"device": 1}, transport="abstract")  # fmt: skip  # noqa: E501
     return show(zeros([int(n) for n in names], mesh, Layout(layout)))
+
+
+def inspected(text: str, step: int | None, verify: bool) -> Manifest:
+    """The manifest of a directory of checkpoints, or of one `step-…` directory in it.
+
+    Args:
+        text: the path.
+        step: which; None takes the newest.
+        verify: whether to compare every byte with its hash.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = Path(text)
+    named = re.fullmatch(r"step-(\d+)", path.name)
+    if named and step is None:
+        path, step = path.parent, int(named[1])
+    if verify:
+        checkpoint.verify(path, step)
+    return checkpoint.inspect(path, step)
+
+
+def as_json(manifest: Manifest) -> str:
+    """A manifest for other programs; tensors without their blocks."""
+    tensors = {
+        path: {
+            "dtype": str(entry.dtype).removeprefix("torch."),
+            "shape": list(entry.shape),
+            "bytes": entry.bytes,
+            "layout": entry.layout,
+            "mesh": dict(entry.mesh),
+            "blocks": len(entry.blocks),
+        }
+        for path, entry in manifest.tensors.items()
+    }
+    values = {k: str(v) if isinstance(v, random.Key) else v for k, v in manifest.values.items()}
+    files = {
+        name: {"bytes": body.bytes, "sha256": body.sha256} for name, body in manifest.files.items()
+    }
+    found = {"step": manifest.step, "tensors": tensors, "values": values, "files": files}
+    return json.dumps(found | {"versions": dict(manifest.versions)})
 
 
 def abstract(config: Config) -> Mesh:

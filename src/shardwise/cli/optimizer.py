@@ -80,7 +80,6 @@ def _core(config: Config, declaration: Any) -> Transform:
     rate = schedule(table, config.run.steps)
     if table.name != "muon":
         return _made(table.name, rate, hyper, config)
-    hyper.setdefault("match", "adamw")  # so that both parts can share the rate
     beside = {key: hyper[key] for key in ("weight_decay",) if key in hyper}
     matrices = _made("muon", rate, hyper, config, fold=_folds(declaration))
     return optim.multi({"blocks.w_*": matrices, "*": _made("adamw", rate, beside, config)})

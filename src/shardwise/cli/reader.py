@@ -357,7 +357,9 @@ def _key(field: str) -> str:
 
 def _make(cls: Any, values: Mapping[str, Any]) -> Any:
     """An instance from values by key."""
-    return cls(**{f.name: values[k] for f in dataclasses.fields(cls) if (k := _key(f.name)) in values})
+    return cls(
+        **{f.name: values[k] for f in dataclasses.fields(cls) if (k := _key(f.name)) in values}
+    )
 
 
 def _dotted(keys: Keys) -> str:

@@ -183,14 +183,18 @@ class Keeper:
             if not notes:
                 raise
             listed = "\n".join(notes)
-            raise CheckpointError(f"{error}\nthe run was saved with other settings\n{listed}") from error
+            raise CheckpointError(
+                f"{error}\nthe run was saved with other settings\n{listed}"
+            ) from error
         self._last = step
         self._due = (step // self.table.every + 1) * self.table.every
         return Resumed(found["params"], found["optimizer"], step, _curve(found["curve"]), notes)
 
     def _compared(self, saved: Mapping[str, Any]) -> list[str]:
         """Notes on settings that changed; raises for those that matter."""
-        changed = [key for key in {**saved, **self.settings} if saved.get(key) != self.settings.get(key)]
+        changed = [
+            key for key in {**saved, **self.settings} if saved.get(key) != self.settings.get(key)
+        ]
         lines = {
             key: f"  {key}: {_shown(saved, key)} when it was saved, now {_shown(self.settings, key)}"
             for key in changed

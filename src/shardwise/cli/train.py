@@ -228,4 +228,6 @@ class _Run:
             folder = Path(run.out)
             folder.mkdir(parents=True, exist_ok=True)
             write(folder, self.curve)
-            console.print(f"{'-' * 60}\nwrote {folder}/loss.png and {folder}/loss.json", markup=False)
+            console.print(
+                f"{'-' * 60}\nwrote {folder}/loss.png and {folder}/loss.json", markup=False
+            )

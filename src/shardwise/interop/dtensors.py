@@ -114,6 +114,8 @@ def _to(x: ShardedTensor, copy: bool) -> DTensor:
 
 
 def _from(x: DTensor, mesh: Mesh | None, copy: bool) -> ShardedTensor:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
     dm = x.device_mesh
     if mesh is None:
         mesh = from_device_mesh(dm)
@@ -126,7 +128,9 @@ def _from(x: DTensor, mesh: Mesh | None, copy: bool) -> ShardedTensor:
     if mesh.is_outside:
         block = torch.empty(kind.local_shape, dtype=x.dtype, device="meta")
     else:
-        block = x.detach().to_local()
+        block = x.to_local().detach()
+        if isinstance(block, AsyncCollectiveTensor):  # still on its way
+            block = block.wait()
         block = block.clone(memory_format=torch.contiguous_format) if copy else block
     return ShardedTensor((block,), kind)
 
@@ -173,7 +177,7 @@ def read_placements(given: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> L
         if type(one) is Shard:
             cut.setdefault(one.dim % len(shape), {})[axis] = 1
         elif type(one) is _StridedShard:
-            cut.setdefault(one.dim % len(shape), {})[axis] = one.split_factor
+            cut.setdefault(one.dim % len(shape), {})[axis] = int(one.split_factor)
         elif type(one) is Partial and one.reduce_op == "sum":
             owed.append(axis)
         elif not one.is_replicate():

@@ -8,6 +8,7 @@ own were, tied weights in all their places.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,7 +23,10 @@ from ..layouts.sharded import ShardedTensor, no_rule
 from ..layouts.strategy import Strategy
 from ..meshlib.errors import LayoutError, nearest
 from ..meshlib.mesh import Mesh
+from ..meshlib.source import user_line
 from ..ops.dispatch import export
+
+_COMPARED = 64  # numbers of each parameter that processes compare
 
 
 class _Slot(NamedTuple):
@@ -36,8 +40,8 @@ def module_params(module: nn.Module, mesh: Mesh, strategy: Strategy) -> dict[str
     """A module's parameters, cut as a strategy's `rest` rows say, by torch's names.
 
     Args:
-        module: its parameters must be equal in every process. On an abstract mesh they may be on
-            the meta device.
+        module: its parameters must be equal in every process; a few numbers of each are compared.
+            On an abstract mesh they may be on the meta device.
         mesh: where to.
         strategy: rows by name, in torch's order of dims. Floating parameters get its param dtype.
             The module knows nothing of `compute` rows: `strategy.use(params)` before the call.
@@ -47,7 +51,8 @@ def module_params(module: nn.Module, mesh: Mesh, strategy: Strategy) -> dict[str
 
     Raises:
         LayoutError: rows that do not fit, all of them, by name.
-        MeshError: an axis that the mesh has not.
+        MeshError: an axis that the mesh has not; or (torchrun) parameters that differ between
+            processes, as after another seed in each.
 
     >>> import torch, shardwise as sw
     >>> s = sw.strategies.rows({"weight": "out/tensor in", "bias": "out/tensor"})
@@ -75,6 +80,8 @@ def module_params(module: nn.Module, mesh: Mesh, strategy: Strategy) -> dict[str
         found[name] = value.to(strategy.precision.param) if value.is_floating_point() else value
     if problems:
         raise LayoutError("module_params: " + "\n".join(problems), kind="indivisible")
+    if mesh.transport == "distributed":
+        _compare(found, mesh)
     return shard(found, mesh, layouts)
 
 
@@ -140,6 +147,19 @@ def load_module(module: nn.Module, params: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, p in params.items():
             targets[name].copy_(p.full_tensor() if isinstance(p, ShardedTensor) else p)
+
+
+def _compare(values: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """All processes of the mesh were given the same parameters, or all raise."""
+    from ..meshlib.distributed import agree
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in values.items():
+        flat = value.reshape(-1)
+        some = flat[:: max(1, flat.numel() // _COMPARED)].cpu().contiguous()
+        digest.update(repr((name, tuple(value.shape), value.dtype)).encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    agree(mesh.comm, digest.digest(), f"module_params at {user_line()}: the parameters")
 
 
 @export(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)

@@ -1,0 +1,169 @@
+"""`jit`: one graph of a step equals the step; donation, plans, printing, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import shardwise as sw
+from shardwise import models, optim, strategies
+from shardwise.ops.transforms import passes
+
+EAGER = {"backend": "eager"}
+F64 = sw.Precision(torch.float64, torch.float64, torch.float64)
+CASES = {
+    "one device": (strategies.data(), {"data": 1}),
+    "data x 1D": (strategies.data() * strategies.tensor_1d(), {"data": 2, "tensor": 2}),
+    "fsdp": (strategies.fsdp(), {"data": 2}),
+    "2D streamed": (strategies.tensor_2d(), {"row": 2, "col": 2}),
+    "3D": (strategies.tensor_3d(), {"i": 2, "j": 2, "k": 2}),
+}
+
+
+def prepared(name: str, dtype: sw.Precision = F64) -> tuple[Any, Any, Any, Any]:
+    """A training step and its arguments."""
+    strategy, axes = CASES[name]
+    strategy = strategy.replace(precision=dtype)
+    mesh = sw.make_mesh(axes)
+    config = models.LlamaConfig(layer=2, embed=16, heads=4, kv_heads=4, ffn=24, vocab=32)
+    model = models.llama(config, strategy)
+    params = model.init(sw.random.key(0), mesh)
+    optimizer = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
+    tokens = torch.arange(8 * 6).reshape(8, 6) % 32
+    rows = sw.shard({"tokens": tokens, "labels": tokens.roll(-1, 1)}, mesh, strategy["tokens"])
+    gradient = sw.value_and_grad(model.loss)
+
+    def step(params: Any, state: Any, rows: Any) -> tuple[Any, Any, Any]:
+        loss, grads = gradient(params, rows)
+        return *optimizer.step(grads, state, params), loss
+
+    return step, params, optimizer.init(params), rows
+
+
+def same(a: Any, b: Any, tolerance: float) -> None:
+    for (path, x), (_, y) in zip(sw.tree.items(a), sw.tree.items(b), strict=True):
+        assert x._type is y._type or x.layout is y.layout, path
+        torch.testing.assert_close(
+            x.full_tensor(), y.full_tensor(), rtol=tolerance, atol=tolerance, msg=path
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_steps_equal_the_function_itself(name: str) -> None:
+    step, params, state, rows = prepared(name)
+    jitted = sw.jit(step, options=EAGER)
+    expected = step(*step(params, state, rows)[:2], rows)
+    found = jitted(*jitted(params, state, rows)[:2], rows)
+    same(found, expected, 1e-12)
+    assert len(jitted.programs) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
+def test_inductor_gives_the_same_step() -> None:
+    step, params, state, rows = prepared("one device")
+    jitted = sw.jit(step, donate_argnums=(0, 1))
+    expected = step(params, state, rows)
+    same(jitted(params, state, rows), expected, 1e-10)
+    assert jitted.compile_seconds > 0
+
+
+def test_donated_arguments_give_their_memory_and_raise() -> None:
+    step, params, state, rows = prepared("one device")
+    jitted = sw.jit(step, donate_argnums=(0, 1), options=EAGER)
+    addresses = {x.shards[0].data_ptr() for x in sw.tree.leaves(params)}
+    expected = step(params, state, rows)
+    new, _, _ = found = jitted(params, state, rows)
+    same(found, expected, 1e-12)
+    assert {x.shards[0].data_ptr() for x in sw.tree.leaves(new)} == addresses
+    with pytest.raises(sw.LayoutError, match=r"donated at test_jit\.py:\d+") as caught:
+        params["embed"].full_tensor()
+    assert caught.value.kind == "donated"
+
+
+def test_replicas_that_share_memory_are_not_written_over() -> None:
+    """On a simulated mesh replicas are one tensor: a donated step must read before it writes."""
+    mesh = sw.make_mesh({"data": 3})
+    x = sw.full((4,), 1.0, mesh, "n", dtype=torch.float64)
+
+    def double(x: Any) -> Any:
+        return x + x
+
+    assert sw.jit(double, donate_argnums=0, options=EAGER)(x).full_tensor().tolist() == [2.0] * 4
+
+
+def test_the_plan_and_the_graph_are_of_the_whole_step() -> None:
+    step, params, state, rows = prepared("data x 1D")
+    jitted = sw.jit(step, options=EAGER)
+    with pytest.raises(ValueError, match="nothing is compiled"):
+        _ = jitted.graph
+    jitted(params, state, rows)
+    with sw.record() as plan:
+        step(params, state, rows)
+    kinds = [(c.kind, c.axes, c.elements, c.phase) for c in plan.collectives]
+    assert [(c.kind, c.axes, c.elements, c.phase) for c in jitted.plan.collectives] == kinds
+    lines = str(jitted.graph).splitlines()
+    assert lines[0].startswith("arg0_1  float64[")
+    assert lines[-1].startswith("return ")
+    assert any("mm.default(" in line for line in lines)
+
+
+def test_numbers_and_static_arguments_are_part_of_the_program() -> None:
+    mesh = sw.make_mesh({"data": 1})
+    x = sw.shard(torch.ones(3), mesh)
+    jitted = sw.jit(
+        lambda x, n, how: x * n if how == "times" else x + n, static_argnums=2, options=EAGER
+    )  # noqa: E501
+    assert jitted(x, 2, "times").full_tensor().tolist() == [2.0] * 3
+    assert jitted(x, 3, "times").full_tensor().tolist() == [3.0] * 3
+    assert jitted(x, 3, "plus").full_tensor().tolist() == [4.0] * 3
+    assert len(jitted.programs) == 3
+    jitted(x, 3, "plus")
+    assert len(jitted.programs) == 3
+
+
+def test_it_is_a_decorator_and_returns_plain_values() -> None:
+    @sw.jit(options=EAGER)
+    def f(x: Any) -> Any:
+        return {"y": F.relu(x), "name": "y", "n": 3}
+
+    x = sw.shard(torch.tensor([-1.0, 2.0]), sw.make_mesh({"data": 2}), "n/data")
+    found = f(x)
+    assert found["y"].full_tensor().tolist() == [0.0, 2.0]
+    assert (found["name"], found["n"]) == ("y", 3)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    x = sw.shard(torch.ones(2), sw.make_mesh({"data": 1}))
+    with pytest.raises(ValueError, match="unknown backend 'tvm'"):
+        sw.jit(lambda x: x, options={"backend": "tvm"})(x)
+
+
+def test_the_gradient_of_a_label_is_no_scatter() -> None:
+    """`spread`: a scatter of one entry a row into zeros becomes a comparison, with equal values."""
+    step, params, state, rows = prepared("one device")
+    jitted = sw.jit(step, options=EAGER)
+    jitted(params, state, rows)
+    assert "scatter" not in str(jitted.graph)
+    plain = passes.captured(
+        lambda x, i: [torch.zeros_like(x).scatter_add(-1, i, x[:, :1])],
+        [torch.rand(3, 4), torch.tensor([[1], [0], [3]])],
+    )  # noqa: E501
+    assert "scatter_add" in str(passes.printed(plain))  # zeros_like is not new_zeros: left alone
+
+
+def test_tables_of_constants_are_folded() -> None:
+    """Angles of rotary positions depend on no input: no sine is left in the graph."""
+    step, params, state, rows = prepared("one device")
+    jitted = sw.jit(step, options=EAGER)
+    jitted(params, state, rows)
+    assert "sin.default" not in str(jitted.graph)
+    assert "cos.default" not in str(jitted.graph)
+
+
+def test_random_numbers_are_not_folded() -> None:
+    module = passes.captured(lambda x: [x + torch.rand(4)], [torch.zeros(4)])
+    first, second = module(torch.zeros(4))[0], module(torch.zeros(4))[0]
+    assert not torch.equal(first, second)
