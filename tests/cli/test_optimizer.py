@@ -1,4 +1,4 @@
-"""[optimizer], [precision], [zero] and [memory]: the transform is the one that the file describes."""
+"""[optimizer], [precision], [zero] and [memory]: the transform is what the file describes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ DIRECT: dict[str, tuple[tuple[str, ...], optim.Transform]] = {
         ("decay_rate=-0.5",),
         optim.adafactor(0.5, decay=-0.5, mask=decays, stacked=BLOCKS),
     ),
-    "came": (("eps=[1e-30, 1e-8]",), optim.came(0.5, eps=(1e-30, 1e-8), mask=decays, stacked=BLOCKS)),
+    "came": (
+        ("eps=[1e-30, 1e-8]",),
+        optim.came(0.5, eps=(1e-30, 1e-8), mask=decays, stacked=BLOCKS),
+    ),
     "galore": (("rank=2", "every=2"), optim.galore(0.5, rank=2, every=2, mask=decays)),
     "muon": (
         ("momentum=0.5", "weight_decay=0.1", "dtype=float32"),

@@ -1,7 +1,8 @@
-"""A run that stops and goes on: the same losses, other meshes, and what is refused or only noted."""
+"""A run that stops and goes on: the same losses, other meshes, what is refused or noted."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,16 +18,19 @@ from shardwise.cli import state, text
 from shardwise.cli.main import main
 from shardwise.cli.stop import Stop, any_of
 
-MIXED = (
-    "data.micro_batches=2",
-    "model.dropout=0.1",
-    "optimizer.ema=0.9",
-    "zero.stage=2",
-    "precision.param=bfloat16",
-    "precision.rounding=stochastic",
-)
-SCALED = ("optimizer.loss_scale=dynamic", "precision.master=true", "memory.optimizer=host")
-ON_DISK = ("memory.optimizer=disk", "optimizer.schedule=wsd", "optimizer.decay=2")
+KINDS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "mixed": (
+        "data.micro_batches=2",
+        "model.dropout=0.1",
+        "optimizer.ema=0.9",
+        "zero.stage=2",
+        "precision.param=bfloat16",
+        "precision.rounding=stochastic",
+    ),
+    "scaled": ("optimizer.loss_scale=dynamic", "precision.master=true", "memory.optimizer=host"),
+    "on disk": ("memory.optimizer=disk", "optimizer.schedule=wsd", "optimizer.decay=2"),
+}
 MESHES = {
     "one device": ("mesh={data = 1, tensor = 1}",),
     "four of data, cut": ("mesh={data = 4, tensor = 1}", "zero.stage=3"),
@@ -53,12 +57,11 @@ def hashes(folder: Path) -> dict[str, list[str]]:
     return {path: [block.sha256 for block in entry.blocks] for path, entry in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    "options", [(), MIXED, SCALED, ON_DISK], ids=["plain", "mixed", "scaled", "disk"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_goes_on_bit_for_bit(
-    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = KINDS[kind]
     whole, _ = runs.run(runs.file(tmp_path, "whole"), *options)
     file = runs.file(tmp_path, "parts")
     interrupted(monkeypatch, at=2)
@@ -97,8 +100,6 @@ def copied(stopped: Path, to: Path) -> str:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_goes_on_on_another_mesh(mesh: str, stopped: Path, tmp_path: Path) -> None:
-    import json
-
     whole = json.loads((stopped / "whole/loss.json").read_text())["losses"]
     curve, shown = runs.run(copied(stopped, tmp_path), *MESHES[mesh], resume=True)
     assert "changed since it was saved:" in shown

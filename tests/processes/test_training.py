@@ -41,7 +41,7 @@ def job(arguments: list[str], rank: int = -1, at: int = -1, number: int = 0) -> 
 
 
 def signalled(make: Callable[..., steps.Step], at: int, number: int) -> Callable[..., steps.Step]:
-    """`make_step`, whose steps on real data are counted; one of them sends this process a signal."""
+    """`make_step`, whose steps on data are counted; one of them sends this process a signal."""
 
     @functools.wraps(make)
     def made(*args: object, **keywords: object) -> steps.Step:

@@ -268,7 +268,7 @@ def _check_schedule(table: Any, keys: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ZeroTable:
-    """[zero]: the stage, and the axis (or axes, as in "data/depth") that cut state, gradients, …
+    """[zero]: the stage, and the axis, or axes as in "data/depth", that what it cuts is cut over.
 
     Stage 3 puts the preset `fsdp` in the place of `data`.
     """

@@ -1,7 +1,7 @@
 """`shardwise plan`, `show` and `inspect`: what a run would do, and what one has saved.
 
-A planned mesh is abstract: a file for a thousand devices is planned on a laptop, without memory. An axis
-of size -1 counts as 1, since there are no processes to share out.
+A planned mesh is abstract: a file for a thousand devices is planned on a laptop, without memory.
+An axis of size -1 counts as 1, since there are no processes to share out.
 """
 
 from __future__ import annotations

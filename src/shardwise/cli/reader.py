@@ -15,14 +15,13 @@ import math
 import re
 import tomllib
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..meshlib.errors import nearest
-
-Keys = tuple[str, ...]
+from .places import Keys, dotted, lines, path_of
 
 
 class ConfigError(ValueError):
@@ -123,7 +122,7 @@ class _Reader:
         self.rules = rules
         self.end = text.count("\n") + 1
         # Where a key stands, as (order, place); overrides come after the last line.
-        self.places = {keys: (line, f"{path}:{line}") for keys, line in _lines(text)}
+        self.places = {keys: (line, f"{path}:{line}") for keys, line in lines(text)}
         self.num_overrides = 0
         self.overridden: list[Keys] = []
         self.problems: list[tuple[int, str]] = []
@@ -131,7 +130,7 @@ class _Reader:
     def override(self, raw: dict[str, Any], text: str) -> None:
         """Put one "table.key=value" into `raw`."""
         name, equals, value = (part.strip() for part in text.partition("="))
-        keys = _path_of(name)
+        keys = path_of(name)
         self.num_overrides += 1
         place = (self.end + self.num_overrides, f"--set {text}")
         if not keys or not equals:
@@ -141,7 +140,7 @@ class _Reader:
         for depth, key in enumerate(keys[:-1], 1):
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
-                self.problems.append((place[0], f"{place[1]}: {_dotted(keys[:depth])} is no table"))
+                self.problems.append((place[0], f"{place[1]}: {dotted(keys[:depth])} is no table"))
                 return
         table[keys[-1]] = _toml_or_text(value)
         self.overridden.append(keys)
@@ -168,13 +167,13 @@ class _Reader:
         hints = {_key(n): hint for n, hint in get_type_hints(cls, include_extras=True).items()}
         fields = {_key(field.name): field for field in dataclasses.fields(cls) if field.init}
         rest = next((name for name in fields if _extra(hints[name], Rest)), None)
-        known = [n for n in fields if n != rest and _dotted((*at, n)) not in self.rules.later]
+        known = [n for n in fields if n != rest and dotted((*at, n)) not in self.rules.later]
         values: dict[str, Any] = {}
         left: dict[str, Any] = {}
         for key, value in raw.items():
             if key in known:
                 values[key] = self._value(value, hints[key], (*at, key))
-            elif _dotted((*at, key)) in self.rules.later:
+            elif dotted((*at, key)) in self.rules.later:
                 self._problem((*at, key), "not supported by this version")
             else:
                 left[key] = value
@@ -199,7 +198,7 @@ class _Reader:
             chosen = classes.get(values.get(schema))
             values[rest] = self._built(chosen, left, at) if chosen else {}
             for key in left if schema not in values else ():
-                self._problem((*at, key), f"depends on {_dotted((*at, schema))}, which is missing")
+                self._problem((*at, key), f"depends on {dotted((*at, schema))}, which is missing")
         else:
             values[rest] = self._value(left, hints[rest], at)
         return values
@@ -295,51 +294,7 @@ class _Reader:
         nowhere = (self.end, str(self.path))
         known = (at[:depth] for depth in range(len(at), 0, -1) if at[:depth] in self.places)
         order, place = self.places.get(next(known, ()), nowhere)
-        self.problems.append((order, f"{place}: {_dotted(at)}: {text}"))
-
-
-def _lines(text: str) -> Iterator[tuple[Keys, int]]:
-    """Each table and key of a valid TOML text, with the number of the line where it first stands.
-
-    A statement (a header, or a key with its value) is the fewest lines that are valid TOML by
-    themselves, so the parser itself finds where it ends.
-    """
-    header: Keys = ()
-    seen: set[Keys] = set()
-    start, statement = 1, ""
-    for number, line in enumerate(text.split("\n"), 1):
-        statement += line + "\n"
-        try:
-            found = tomllib.loads(statement)
-        except tomllib.TOMLDecodeError:
-            continue
-        if statement.lstrip().startswith("["):
-            header = list(_paths(found))[-1]
-            paths = [header]
-        else:
-            paths = [header + keys for keys in _paths(found)]
-        for keys in paths:
-            for depth in range(1, len(keys) + 1):
-                if keys[:depth] not in seen:
-                    seen.add(keys[:depth])
-                    yield keys[:depth], start
-        start, statement = number + 1, ""
-
-
-def _paths(table: Any) -> Iterator[Keys]:
-    """Paths to everything in nested tables, each table before what is in it."""
-    if isinstance(table, dict):
-        for key, value in table.items():
-            yield (key,)
-            yield from ((key, *keys) for keys in _paths(value))
-
-
-def _path_of(name: str) -> Keys:
-    """The keys of a dotted TOML key; () if it is none."""
-    try:
-        return list(_paths(tomllib.loads(f"{name} = 0")))[-1]
-    except (tomllib.TOMLDecodeError, IndexError):
-        return ()
+        self.problems.append((order, f"{place}: {dotted(at)}: {text}"))
 
 
 def _toml_or_text(text: str) -> Any:
@@ -357,13 +312,8 @@ def _key(field: str) -> str:
 
 def _make(cls: Any, values: Mapping[str, Any]) -> Any:
     """An instance from values by key."""
-    return cls(
-        **{f.name: values[k] for f in dataclasses.fields(cls) if (k := _key(f.name)) in values}
-    )
-
-
-def _dotted(keys: Keys) -> str:
-    return ".".join(k if re.fullmatch(r"[\w-]+", k, re.ASCII) else json.dumps(k) for k in keys)
+    keys = {_key(field.name): field.name for field in dataclasses.fields(cls)}
+    return cls(**{keys[key]: value for key, value in values.items()})
 
 
 def _split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -411,7 +361,7 @@ def _is_a(value: Any, base: Any) -> bool:
 def _shown(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_dotted((k,))} = {_shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{dotted((k,))} = {_shown(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
     return json.dumps(value) if isinstance(value, str | bool) else str(value)

@@ -12,8 +12,6 @@ A batch and a step's key are functions of (seed, step), so nothing else is neede
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -32,25 +30,8 @@ from ..models import Model
 from ..ops import random
 from .build import Corpus
 from .config import Config, ConfigError
-from .optimizer import skips
 from .report import Curve
-
-# What may not change when a run goes on: other numbers would be learned, or another state is kept.
-MATTERS = (
-    "run.seed",
-    "data.text",
-    "data.seq",
-    "data.batch",
-    "data.split",
-    "data.tokenizer",
-    "model.",
-    "optimizer.name",
-    "precision.param",
-    "precision.master",
-    "precision.rounding",
-)
-WHETHER = ("clip_norm", "ema", "loss_scale", "skip_nonfinite")  # of [optimizer]: keep state
-SILENT = ("run.out", "run.log_every", "run.eval_every", "run.device", "run.check", "checkpoint.")
+from .settings import compare, saved_settings, settings_of
 
 
 class Resumed(NamedTuple):
@@ -82,7 +63,7 @@ class Keeper:
         self.path = Path(self.table.path or Path(config.run.out) / "checkpoints")
         self.mesh = mesh
         self.key = random.key(config.run.seed)
-        self.settings = settings(config, model, corpus)
+        self.settings = settings_of(config, model, corpus)
         self._due = self.table.every
         self._last = -1  # the newest step that is saved, or being saved
         self._pending: checkpoint.Pending | None = None
@@ -163,8 +144,7 @@ class Keeper:
                 checkpoint.inspect(self.path)  # a commit, but none is sound: it says why
             return None
         manifest = checkpoint.inspect(self.path, step)
-        saved = _settings_of(manifest)
-        notes = self._compared(saved)
+        notes = compare(saved_settings(manifest), self.settings, str(self.path))
         curve = {
             name: torch.empty(entry.shape, dtype=entry.dtype)
             for path, entry in manifest.tensors.items()
@@ -182,69 +162,11 @@ class Keeper:
         except CheckpointError as error:
             if not notes:
                 raise
-            listed = "\n".join(notes)
-            raise CheckpointError(
-                f"{error}\nthe run was saved with other settings\n{listed}"
-            ) from error
+            said = [str(error), "the run was saved with other settings", *notes]
+            raise CheckpointError("\n".join(said)) from error
         self._last = step
         self._due = (step // self.table.every + 1) * self.table.every
         return Resumed(found["params"], found["optimizer"], step, _curve(found["curve"]), notes)
-
-    def _compared(self, saved: Mapping[str, Any]) -> list[str]:
-        """Notes on settings that changed; raises for those that matter."""
-        changed = [
-            key for key in {**saved, **self.settings} if saved.get(key) != self.settings.get(key)
-        ]
-        lines = {
-            key: f"  {key}: {_shown(saved, key)} when it was saved, now {_shown(self.settings, key)}"
-            for key in changed
-            if not key.startswith(SILENT)
-        }
-        fatal = [line for key, line in lines.items() if _matters(key, saved, self.settings)]
-        if fatal:
-            raise ConfigError(
-                [f"{self.path} holds another run: set these back, or choose another path", *fatal]
-            )
-        return list(lines.values())
-
-
-def _matters(key: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    table, _, name = key.partition(".")
-    if table == "optimizer" and name.split(".")[0] in WHETHER:
-        return bool(saved.get(key)) != bool(now.get(key))
-    return key.startswith(MATTERS)
-
-
-def settings(config: Config, model: Model, corpus: Corpus) -> dict[str, Any]:
-    """A run's settings as dotted keys and plain values; the text by its hash, the model resolved."""
-    digest = hashlib.blake2b(corpus.train_bytes + corpus.validation_bytes, digest_size=16)
-    tables = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.config)}
-    found = dict(_flat(json.loads(json.dumps(tables, default=str))))
-    found["data.text"] = digest.hexdigest()
-    found["optimizer.skip_nonfinite"] = skips(config)
-    return found
-
-
-def _flat(table: Any, at: str = "") -> Any:
-    """Dotted keys and values of nested tables."""
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
-
-
-def _settings_of(manifest: checkpoint.Manifest) -> dict[str, Any]:
-    text = manifest.values.get("settings")
-    if not isinstance(text, str):
-        raise ConfigError(
-            [f"step {manifest.step} was not saved by `shardwise train`: it has no settings"]
-        )
-    return json.loads(text)
-
-
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key]) if settings.get(key) is not None else "not set"
 
 
 def _on(mesh: Mesh, types: Any) -> Any:
