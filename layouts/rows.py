@@ -20,12 +20,14 @@ from .layout import Layout, make, resolve
 
 Table = Mapping[str, str]
 T = TypeVar("T")
-ROLES = frozenset(  # of parameters, that presets have rows for whether a model has them or not
-    "w_q w_k w_v w_o b_q b_k b_v b_o q_norm k_norm w_up w_gate w_down b_up b_gate b_down "
-    "e_up e_gate e_down router w_mix b_mix embed head pos types cls w_patch b_patch b_vocab "
-    # activations' names that presets fill into the tables of parameters alike
-    "kv attended".split()
+# Roles of parameters that presets have rows for, whether a model has them or not.
+ROLES = frozenset(
+    {"w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm"}
+    | {"w_up", "w_gate", "w_down", "b_up", "b_gate", "b_down", "e_up", "e_gate", "e_down"}
+    | {"router", "w_mix", "b_mix", "embed", "head", "pos", "types", "cls", "w_patch", "b_patch"}
+    | {"b_vocab"}
 )
+PADDABLE = ("vocab", "heads", "kv_heads", "ffn")  # dims that a config can round up
 
 
 class Frozen(Mapping[str, T]):
@@ -229,3 +231,18 @@ def join(a: str, b: str, role: str = "") -> str:
     places = dict(one.at) | dict(two.at)
     words += [f"@{axis}={','.join(map(str, at))}" for axis, at in places.items()]
     return " ".join(w for w in words if w)
+
+
+def hint(name: str, n: int, sizes: Mapping[str, int]) -> str:
+    """How a dim that n devices do not divide can be made to fit, by its name."""
+    if name == "kv_heads":
+        return (
+            f'; leave keys and values whole: kv="replicate" of the preset; '
+            f"or pad them, and heads along: pad.kv_heads = {n}"
+        )
+    if name == "heads" and sizes.get("kv_heads", sizes.get("heads")) != sizes.get("heads"):
+        return (
+            f"; pad it: pad.kv_heads = {n}, which pads heads along, "
+            f'or pad.heads = {n} with kv="replicate" of the preset'
+        )
+    return f"; pad it: pad.{name} = {n}" if name in PADDABLE else ""

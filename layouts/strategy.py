@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optree
-import torch
 
 from ..meshlib.errors import LayoutError, nearest
 from ..meshlib.mesh import Mesh
@@ -27,12 +26,15 @@ from .layout import Layout, make
 from .memory import to_memory, with_memory
 from .picture import Picture
 from .picture import Table as PictureTable
+from .precision import DTYPES as DTYPES
+from .precision import Precision as Precision
 from .reshard import reshard_one
 from .rows import (
     ROLES,
     Frozen,
     Table,
     find_row,
+    hint,
     is_pattern,
     join_tables,
     misnamed,
@@ -50,39 +52,12 @@ OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a 
     "tied": ("once", "per_use"),
     "recompute": ("none", "cheap", "all"),
 }
-PADDABLE = ("vocab", "heads", "kv_heads", "ffn")  # dims that a config can round up
 DEFAULTS = {
     "layer": "", "save": "gathered", "matmul": "direct", "attention": "local",
     "order": "contiguous", "tied": "per_use", "recompute": "none",
 }  # fmt: skip
-
-
-DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16,
-    "float16": torch.float16, "float64": torch.float64,
-}  # fmt: skip
 _TABLES = ("rest", "compute", "activations", "options")
 _NONE: Table = Frozen()
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtypes: of stored parameters, of computation, of sums between devices.
-
-    Raises:
-        ValueError: a dtype that is none of float32, bfloat16, float16 and float64.
-    """
-
-    param: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-    reduce: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        for name, dtype in vars(self).items():
-            if dtype not in DTYPES.values():
-                raise ValueError(
-                    f"precision: {name} = {dtype!r}; expected torch.{', torch.'.join(DTYPES)}"
-                )
 
 
 @dataclass(frozen=True)
@@ -102,7 +77,7 @@ class Strategy:
     rest: Table = field(default_factory=dict)
     compute: Table = field(default_factory=dict)
     activations: Table = field(default_factory=dict)
-    precision: Precision = Precision()
+    precision: Precision = field(default_factory=Precision)
     options: Mapping[str, str] = field(default_factory=dict)
     equal: tuple[tuple[str, ...], ...] = ()
 
@@ -305,12 +280,12 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
         problems = self._unequal(mesh)
         for (name, axes), roles in wrong.items():
             n = mesh.group_size(axes)
-            hint = _hint(name, n, known)
+            way = hint(name, n, known)
             roles = [role for role in roles if role != "*"] or roles
             more_roles = f" and {len(roles) - 3} more" if len(roles) > 3 else ""
             problems.append(
                 f"dim {name!r} of size {known[name]} ({', '.join(roles[:3])}{more_roles}) "
-                f"is not divisible by {n} ({'/'.join(axes)!r}){hint}"
+                f"is not divisible by {n} ({'/'.join(axes)!r}){way}"
             )
         if problems:
             raise LayoutError("strategy: " + "\n".join(problems), kind="indivisible")
@@ -327,7 +302,7 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
             if size % n and not name.isdigit():
                 raise LayoutError(
                     f"rest row of {role}: dim {name!r} of size {size} is not divisible by {n} "
-                    f"({'/'.join(axes)!r}){_hint(name, n, _mapping(sizes))}",
+                    f"({'/'.join(axes)!r}){hint(name, n, _mapping(sizes))}",
                     kind="indivisible",
                 )
         full.check(shape, mesh, f"rest row of {role}")
@@ -408,18 +383,3 @@ def _are_sides(axes: Any) -> bool:
 def _quoted(text: str) -> str:
     """A string as TOML and JSON both write it."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _hint(name: str, n: int, sizes: Mapping[str, int]) -> str:
-    """How a dim that n devices do not divide can be made to fit, by its name."""
-    if name == "kv_heads":
-        return (
-            f'; leave keys and values whole: kv="replicate" of the preset; '
-            f"or pad them, and heads along: pad.kv_heads = {n}"
-        )
-    if name == "heads" and sizes.get("kv_heads", sizes.get("heads")) != sizes.get("heads"):
-        return (
-            f"; pad it: pad.kv_heads = {n}, which pads heads along, "
-            f'or pad.heads = {n} with kv="replicate" of the preset'
-        )
-    return f"; pad it: pad.{name} = {n}" if name in PADDABLE else ""

@@ -24,7 +24,7 @@ from ..meshlib.errors import nearest
 from ..ops import nn, random
 from ..ops.random import Key
 from .config import Config
-from .model import Model
+from .model import Model, expect, expect_tokens
 from .names import Source
 from .transformer import (
     Params,
@@ -77,6 +77,7 @@ class BERTConfig(Config):
     DERIVED = ("head_dim", "kv_heads", "mixed", "relations")
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not self.ffn:
             object.__setattr__(self, "ffn", 4 * self.embed)
         super().__post_init__()
@@ -220,7 +221,7 @@ def bert(config: BERTConfig, strategy: Strategy) -> Model:
     >>> model.apply(params, tokens)
     f32[2/data 4 16/tensor] local[1 4 8] on mesh(data=2, tensor=2)
     """
-    s = strategy
+    s = expect("bert", config, BERTConfig, strategy)
 
     def once(params: Params) -> Params:
         """The tied table brought to use once, where the strategy asks for that."""
@@ -315,7 +316,10 @@ def _encoded(
         y = mlp(p, reshard(x, s["block_in"]), s, F.gelu)
         return norm(p, "mlp_norm", x + nn.dropout(y, config.dropout, keys[1]))
 
+    expect_tokens(tokens)
     if positions is None:
+        if tokens.shape[1] > config.position:
+            raise ValueError(f"bert: {tokens.shape[1]} tokens, but position = {config.position}")
         positions = torch.arange(tokens.shape[1], device=tokens.mesh.shard_device)
     roles = ("embed", "pos", "types", "embed_norm", "embed_norm_bias")
     p = s.use({role: params[role] for role in roles})

@@ -7,11 +7,28 @@ training, so it changes no result; it is cut off again when a model is saved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from ..layouts.rows import Frozen
 from ..meshlib.errors import nearest
+
+# annotation of a field -> types that it takes, and their name
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "int | None": ((int, type(None)), "an integer or None"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "True or False"),
+    "Mapping[str, int]": ((Mapping,), "dim to multiple, such as {'vocab': 64}"),
+    "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or None"),
+}
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "dropout": (lambda x: 0 <= x < 1, "expected in [0, 1)"),
+    "theta": (lambda x: 0 < x < math.inf, "expected above 0"),
+    "eps": (lambda x: 0 <= x < math.inf, "expected at least 0"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +44,29 @@ class Config:
     DERIVED: ClassVar[tuple[str, ...]] = ("head_dim",)  # properties that are sizes of dims
     PADDED: ClassVar[tuple[str, ...]] = ("vocab", "heads", "kv_heads", "ffn")
 
+    def check_types(self) -> None:
+        """Refuse values of other types than the fields', before anything is derived from them.
+
+        Raises:
+            TypeError: naming the field, the value, and what was expected.
+        """
+        for f in fields(self):
+            types, expected = _TYPES.get(str(f.type), ((object,), ""))
+            value = getattr(self, f.name)
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                if object not in types:
+                    raise TypeError(f"{f.name} = {value!r}; expected {expected}")
+            elif isinstance(value, Mapping):
+                object.__setattr__(self, f.name, Frozen(value))
+        for name, multiple in self.pad.items():
+            if not isinstance(multiple, int) or isinstance(multiple, bool):
+                raise TypeError(f"pad.{name} = {multiple!r}; expected an integer")
+
     def __post_init__(self) -> None:
+        self.check_types()
+        for name, (fits, expected) in _RANGES.items():
+            if not fits(getattr(self, name, 0.5)):
+                raise ValueError(f"{name} = {getattr(self, name)}; {expected}")
         for name, multiple in self.pad.items():
             if name not in self.PADDED:
                 raise ValueError(f"pad: {name!r} cannot be padded{nearest(name, self.PADDED)}")

@@ -48,6 +48,7 @@ class Family:
         prefix: of names, which some files leave out.
         ignored: patterns of tensors that are no parameters here: masks, cached frequencies, heads
             that the model's task has not.
+        heads: of Hugging Face's classes, those whose weights are read.
         copies: pattern of a tensor that some files store, to the parameter that it must equal.
     """
 
@@ -58,6 +59,7 @@ class Family:
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
 
 
 _HEAD = {"lm_head.weight": "embed"}
@@ -69,6 +71,7 @@ _LLAMA = Family(
     prefix="model.",
     ignored=("*.rotary_emb.inv_freq",),
     copies=_HEAD,
+    heads=tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")),
 )
 FAMILIES: dict[str, Family] = {  # model_type in config.json -> its row
     "gpt2": Family(
@@ -79,9 +82,18 @@ FAMILIES: dict[str, Family] = {  # model_type in config.json -> its row
         prefix="transformer.",
         ignored=("*.attn.bias", "*.attn.masked_bias"),
         copies=_HEAD,
+        heads=("GPT2LMHeadModel", "GPT2Model"),
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    "opt": Family(opt, OPTConfig, _opt_from, _opt_to, prefix="model.", copies=_HEAD),
+    "opt": Family(
+        opt,
+        OPTConfig,
+        _opt_from,
+        _opt_to,
+        prefix="model.",
+        copies=_HEAD,
+        heads=("OPTForCausalLM", "OPTModel"),
+    ),
     "palm": Family(
         palm,
         PaLMConfig,
@@ -101,8 +113,11 @@ FAMILIES: dict[str, Family] = {  # model_type in config.json -> its row
             "cls.predictions.decoder.weight": "embed",
             "cls.predictions.decoder.bias": "b_vocab",
         },
+        heads=("BertForPreTraining", "BertForMaskedLM", "BertModel"),
     ),
-    "vit": Family(vit, ViTConfig, _vit_from, _vit_to, prefix="vit."),
+    "vit": Family(
+        vit, ViTConfig, _vit_from, _vit_to, prefix="vit.", heads=("ViTForImageClassification",)
+    ),
 }
 
 

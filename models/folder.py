@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+GENERATION = "generation_config.json"
 FILE_BYTES = 5 * 10**9  # Hugging Face's limit of one file
 DTYPES = {
     "F64": torch.float64,
@@ -64,12 +65,17 @@ class Folder:
     Attributes:
         path: of the folder.
         config: config.json.
+        files: the JSON files that are kept: config.json and, if there is one,
+            generation_config.json.
         specs: tensor name to shape and dtype.
     """
 
     def __init__(self, path: Path, files: Mapping[str, Any]) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
+        self.files = {CONFIG: self.config}
+        if (path / GENERATION).exists():
+            self.files[GENERATION] = read_json(path / GENERATION)
         self._files = files  # tensor name -> open file
         self.specs = {name: _spec(file, name) for name, file in files.items()}
 

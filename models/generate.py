@@ -56,7 +56,7 @@ def generate(
 
     Raises:
         TypeError: the model does not decode.
-        ValueError: no key, or numbers out of range; more tokens than learned positions.
+        ValueError: no key, numbers or tokens out of range; more tokens than learned positions.
 
     >>> import torch, shardwise as sw
     >>> from shardwise import models, strategies
@@ -113,6 +113,12 @@ def _check(
         raise TypeError("generate: this model does not decode: it has no next token")
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"generate: tokens {tuple(tokens.shape)} must be [batch prompt]")
+    wrong = tokens[(tokens < 0) | (tokens >= model.config.vocab)]
+    if wrong.numel():
+        raise ValueError(
+            f"generate: token {int(wrong[0])} is out of range; the vocabulary has "
+            f"{model.config.vocab} tokens"
+        )
     if mask is not None and (mask.shape != tokens.shape or not bool((mask[:, -1] != 0).all())):
         raise ValueError("generate: the mask is [batch prompt] and true at each last token")
     if new < 0 or temperature < 0:

@@ -17,7 +17,7 @@ from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn, random
 from .config import Config
-from .model import Model
+from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, causal_model, mlp, project
 
@@ -38,6 +38,7 @@ class GPT2Config(Config):
     DERIVED = ("head_dim", "kv_heads")
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not self.ffn:
             object.__setattr__(self, "ffn", 4 * self.embed)
         super().__post_init__()
@@ -137,7 +138,7 @@ def gpt2(config: GPT2Config, strategy: Strategy) -> Model:
     >>> model.apply(params, tokens)
     f32[2/data 4 16/tensor] local[1 4 8] on mesh(data=2, tensor=2)
     """
-    s = strategy
+    s = expect("gpt2", config, GPT2Config, strategy)
 
     def norm(p: Params, role: str, x: ShardedTensor) -> ShardedTensor:
         return nn.layer_norm(x, p[role], p[f"{role}_bias"], eps=config.eps)

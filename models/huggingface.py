@@ -32,6 +32,7 @@ from .families import Family, family_of, family_with, read_config
 from .folder import (
     CONFIG,
     FILE_BYTES,
+    GENERATION,
     INDEX,
     Folder,
     Spec,
@@ -73,17 +74,23 @@ def load(
 
     Raises:
         FileNotFoundError: no folder, config.json or safetensors.
-        ValueError: an unknown family; missing, unexpected or mis-shaped tensors (all of them, with
+        TypeError: no Strategy.
+        ValueError: a dtype or tensors that are not floating; an unknown family; missing, unexpected or mis-shaped tensors (all of them, with
             both shapes); damaged files; an index that leaves the folder.
         LayoutError: sizes that the strategy cannot cut on this mesh; see `pad`.
     """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"load: strategy = {strategy!r}; expected a Strategy, as strategies.data()")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"load: dtype = {dtype}; parameters are floating-point numbers")
     with opened(path) as folder:
         family = family_of(folder.config, str(path))
         config = read_config(family, folder.config, str(path))
         if pad:
             config = replace(config, pad=dict(pad))
         model = family.make(config, strategy)
-        model = replace(model, names=match(model, family, folder))
+        model = replace(model, names=match(model, family, folder), files=folder.files)
+        model.check_heads(mesh)
         layouts = strategy.layouts(model.declaration, config, mesh)
         made = []
         leaves = optree.tree_leaves(layouts)
@@ -143,7 +150,10 @@ def match(model: Model, family: Family, folder: Folder) -> dict[str, Source]:
                 problems.append(
                     f"mis-shaped  {name} {list(spec.shape)}, but {CONFIG} says {list(shape)}"
                 )
+            elif not spec.dtype.is_floating_point and name not in known:
+                problems.append(f"not floating  {name} holds {spec.dtype}")
             known.add(name)
+    is_other = False
     for name in sorted(set(folder.specs) - known):
         copied = next((found.get(p) for like, p in family.copies.items() if fits(name, like)), None)
         if copied is not None:
@@ -151,6 +161,10 @@ def match(model: Model, family: Family, folder: Folder) -> dict[str, Source]:
                 problems.append(f"not a copy  {name} differs from {copied.name}, which it repeats")
         elif not any(fits(name, pattern) for pattern in family.ignored):
             problems.append(f"unexpected  {name} {list(folder.specs[name].shape)}")
+            is_other = True
+    if is_other and family.heads:
+        named = ", ".join(map(str, folder.config.get("architectures") or ["none"]))
+        problems.append(f"the classes that are read: {', '.join(family.heads)}; it names {named}")
     if problems:
         raise ValueError("\n  ".join([f"{folder.path} does not fit its {CONFIG}:", *problems]))
     return found
@@ -191,6 +205,7 @@ def save(
 ) -> None:
     """A Hugging Face folder: config.json and safetensors that `from_pretrained` reads.
 
+    A model that was loaded keeps what its config.json and generation_config.json said besides.
     Tensors have the names, shapes and bits that they were loaded with; padding is cut off. The
     folder appears whole or not at all. Under torchrun call it in every process; one writes.
 
@@ -211,7 +226,7 @@ def save(
     parts = _parts(model, params)
     specs = _specs(model, parts)
     mesh = next(iter(parts.values()))[0][2].mesh
-    config = family.config_to(model.config)
+    config = _config(model, family)
     kinds = {str(spec.dtype).removeprefix("torch.") for spec in specs.values()}
     if len(kinds) == 1:
         config = {**config, "dtype": kinds.pop()}
@@ -225,7 +240,7 @@ def save(
     failure: Exception | None = None
     if mesh.is_first:
         try:
-            _write(path, files, config, value)
+            _write(path, files, {**model.files, CONFIG: config}, value)
         except Exception as error:
             failure = error
             if mesh.transport != "distributed":
@@ -243,10 +258,26 @@ def save(
         raise error from failure
 
 
+# keys of config.json that repeat what our config says: kept only where it has not changed
+_STALE = ("rope_parameters", "layer_types", "n_ctx", "dtype", "torch_dtype")
+
+
+def _config(model: Model, family: Family) -> dict[str, Any]:
+    """config.json: ours, and what the one that the model was loaded from says besides."""
+    ours, found = family.config_to(model.config), model.files.get(CONFIG)
+    if found is None:
+        return ours
+    is_same = read_config(family, found, CONFIG) == replace(model.config, pad={})
+    if not is_same:
+        return {**{k: v for k, v in found.items() if k not in _STALE}, **ours}
+    kept = {k: v for k, v in found.items() if k not in ("dtype", "torch_dtype")}
+    return {**kept, "architectures": ours["architectures"]}
+
+
 def _write(
     path: str | os.PathLike[str],
     files: Mapping[str, Mapping[str, Spec]],
-    config: Mapping[str, Any],
+    known: Mapping[str, Mapping[str, Any]],
     value: Callable[[str], Tensor],
 ) -> None:
     """The folder of a checkpoint, tensor by tensor."""
@@ -256,7 +287,9 @@ def _write(
                 write_file(stream, held, value)
         if len(files) > 1:
             write_json(scratch / INDEX, index_of(files))
-        write_json(scratch / CONFIG, config)
+        for name in (CONFIG, GENERATION):
+            if name in known:
+                write_json(scratch / name, known[name])
 
 
 Part = tuple[Source, Param, Any, int | None]

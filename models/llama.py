@@ -22,7 +22,7 @@ from ..meshlib.errors import nearest
 from ..ops import nn
 from ..ops.nn.rope import frequencies
 from .config import Config
-from .model import Model
+from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, causal_model, gated_mlp, project
 
@@ -72,6 +72,7 @@ class LlamaConfig(Config):
     DERIVED = ()
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not self.kv_heads:
             object.__setattr__(self, "kv_heads", self.heads)
         if not self.head_dim:
@@ -171,7 +172,7 @@ def llama(config: LlamaConfig, strategy: Strategy) -> Model:
     >>> model.apply(params, tokens)
     f32[2 4 16/tensor] local[2 4 8] on mesh(tensor=2)
     """
-    s = strategy
+    s = expect("llama", config, LlamaConfig, strategy)
     is_dynamic = config.waves.get("rope_type", config.waves.get("type")) == "dynamic"
 
     def norm(x: ShardedTensor, gain: ShardedTensor) -> ShardedTensor:
@@ -246,7 +247,7 @@ def config_from(found: Mapping[str, Any], *, pad: Mapping[str, int] | None = Non
     if kind not in _DEFAULTS:
         raise ValueError(f"llama: model_type {kind!r} is unknown{nearest(kind, list(_DEFAULTS))}")
     _refuse(found, kind)
-    waves = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
+    waves = dict(_waves(found))
     known = {**_SHARED, **_DEFAULTS[kind], **found}
     known["rope_theta"] = waves.pop("rope_theta", known["rope_theta"])
     required = list(_KEYS.values())[:5]
@@ -267,9 +268,14 @@ def config_from(found: Mapping[str, Any], *, pad: Mapping[str, int] | None = Non
     )
 
 
+def _waves(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the file says of rotary waves; the older key wins, as in Hugging Face's classes."""
+    return found.get("rope_scaling") or found.get("rope_parameters") or {}
+
+
 def _refuse(found: Mapping[str, Any], kind: str) -> None:
     """Raise where the file asks for what is not here."""
-    waves = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    waves = _waves(found)
     layers = set(found.get("layer_types") or ())
     partly = waves.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
     problems = {

@@ -10,13 +10,46 @@ from typing import Any
 import optree
 import torch
 
+from ..layouts.layout import resolve
 from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
+from ..meshlib.errors import LayoutError
 from ..meshlib.mesh import Mesh
 from ..ops import nn
 from ..ops.random import Key
 from .cache import empty as empty_cache
 from .names import Source
+
+
+def expect(model: str, config: Any, kind: type, strategy: Any) -> Strategy:
+    """The strategy, if it is one and the config is this model's.
+
+    Raises:
+        TypeError: something else stands in their place.
+    """
+    if not isinstance(config, kind):
+        raise TypeError(f"{model}: config = {config!r}; expected a {kind.__name__}")
+    if not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"{model}: strategy = {strategy!r}; expected a Strategy, such as strategies.data()"
+        )
+    return strategy
+
+
+def expect_tokens(tokens: Any) -> None:
+    """Refuse what is no ShardedTensor [batch seq].
+
+    Raises:
+        TypeError: a plain tensor.
+        ValueError: another number of dims.
+    """
+    if not isinstance(tokens, ShardedTensor):
+        raise TypeError(
+            f"tokens are a {type(tokens).__name__}; expected a ShardedTensor: "
+            'sw.shard(tokens, mesh, model.strategy["tokens"])'
+        )
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected [batch seq]")
 
 
 @dataclass(frozen=True)
@@ -33,6 +66,8 @@ class Model:
         decode: (params, tokens, cache, *, mask=None, only_last=False) -> (logits, cache): causal
             models read new tokens [batch seq] after those that the cache remembers. `mask`, plain
             [batch seq], is false at padding; `only_last` gives the logits of the last token.
+        files: what the JSON files of the folder that it was loaded from say, by name; `save` keeps
+            what no config of ours has.
     """
 
     config: Any
@@ -42,9 +77,16 @@ class Model:
     loss: Callable[..., ShardedTensor]
     names: Mapping[str, Source] = field(default_factory=dict)
     decode: Callable[..., tuple[ShardedTensor, Any]] | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def init(self, key: Key, mesh: Mesh) -> Any:
-        """Initial parameters at rest; equal values on every mesh. Padding is zero."""
+        """Initial parameters at rest; equal values on every mesh, padded or not. Padding is zero.
+
+        Raises:
+            TypeError: the key is none: `random.key(seed)` makes one.
+            LayoutError: as `check`, of parameters.
+        """
+        self.check_heads(mesh)
         params = nn.init(key, self.declaration, self.config, mesh, self.strategy)
         if not getattr(self.config, "pad", None):
             return params
@@ -54,10 +96,44 @@ class Model:
         """Refuse, before anything runs, sizes that the strategy's axes do not divide.
 
         Raises:
-            LayoutError: all problems: dim, axes and sizes, of parameters and of activations.
+            LayoutError: all problems: dim, axes and sizes, of parameters and of activations; more
+                tokens than learned positions; query heads padded away from key-value heads.
         """
-        self.strategy.check(self.config, mesh, batch=batch, seq=seq)
+        problems = []
+        longest = getattr(self.config, "position", None)
+        if "pos" in self.declaration and longest is not None and seq > longest:
+            problems.append(f"seq = {seq}, but the model has learned position = {longest}")
+        for check in (
+            lambda: self.check_heads(mesh),
+            lambda: self.strategy.check(self.config, mesh, batch=batch, seq=seq),
+        ):
+            try:
+                check()
+            except LayoutError as error:
+                problems.append(str(error))
+        if problems:
+            raise LayoutError("\n".join(problems), kind="indivisible")
         self.strategy.layouts(self.declaration, self.config, mesh)
+
+    def check_heads(self, mesh: Mesh) -> None:
+        """Refuse padding that sends query heads to other devices than their keys and values.
+
+        Raises:
+            LayoutError: the numbers of heads, and the ways out.
+        """
+        sizes = getattr(self.config, "sizes", {})
+        if not getattr(self.config, "pad", None) or "kv_heads" not in sizes:
+            return
+        heads, kv_heads, group = sizes["heads"], sizes["kv_heads"], self.config.group
+        axes = resolve(self.strategy["kv"], 4).dims[2]
+        if heads != group * kv_heads and mesh.group_size(axes) > 1:
+            raise LayoutError(
+                f"pad makes {heads} heads and {kv_heads} kv_heads, which {'/'.join(axes)!r} cuts: "
+                f"blocks of {group} heads to a kv_head no longer lie with it; "
+                "pad kv_heads alone, which pads heads along (pad.kv_heads), "
+                'or leave keys and values whole: kv="replicate" of the preset',
+                kind="indivisible",
+            )
 
     def cache(self, batch: int, length: int, mesh: Mesh) -> Any:
         """An empty cache for `decode`: room for `length` tokens of each of `batch` sequences.

@@ -21,7 +21,7 @@ from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn, random
 from .config import Config
-from .model import Model
+from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, causal_model, mlp, project
 
@@ -59,6 +59,7 @@ class OPTConfig(Config):
     DERIVED = ("head_dim", "kv_heads", "place")
 
     def __post_init__(self) -> None:
+        self.check_types()
         for name, size in (("ffn", 4 * self.embed), ("word", self.embed)):
             if not getattr(self, name):
                 object.__setattr__(self, name, size)
@@ -174,7 +175,7 @@ def opt(config: OPTConfig, strategy: Strategy) -> Model:
     >>> model.apply(params, tokens)
     f32[2/data 4 16/tensor] local[1 4 8] on mesh(data=2, tensor=2)
     """
-    s = strategy
+    s = expect("opt", config, OPTConfig, strategy)
     is_pre = config.order == "pre"
 
     def norm(p: Params, role: str, x: ShardedTensor) -> ShardedTensor:

@@ -20,7 +20,7 @@ from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn
 from .config import Config
-from .model import Model
+from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, causal_model, gated, project_both
 
@@ -42,6 +42,7 @@ class PaLMConfig(Config):
     DERIVED = ("kv_heads",)
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not self.ffn:
             object.__setattr__(self, "ffn", 4 * self.embed)
         super().__post_init__()
@@ -116,7 +117,7 @@ def palm(config: PaLMConfig, strategy: Strategy) -> Model:
     >>> model.apply(params, tokens)
     f32[2 4 16/tensor] local[2 4 8] on mesh(tensor=2)
     """
-    s = strategy
+    s = expect("palm", config, PaLMConfig, strategy)
 
     def embed(params: Params, tokens: ShardedTensor, positions: Any) -> ShardedTensor:
         return nn.embedding(tokens, s.use({"embed": params["embed"]})["embed"], out=s["hidden"])

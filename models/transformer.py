@@ -22,7 +22,7 @@ from ..ops.contract import einsum
 from ..ops.random import Key
 from ..ops.transforms.scan import scan
 from .cache import Cache, advance, run_cached
-from .model import Model
+from .model import Model, expect_tokens
 from .names import Source
 
 Params = Mapping[str, Any]
@@ -221,7 +221,12 @@ def causal_model(
         mask: Any = None,
         key: Key | None = None,
     ) -> ShardedTensor:
+        expect_tokens(tokens)
         is_ordered = positions is None
+        if is_ordered and "pos" in declaration and tokens.shape[1] > config.position:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens, but the model has learned position = {config.position}"
+            )
         if positions is None and mask is not None and positions_of is not None:
             positions = positions_of(mask)
         elif positions is None:

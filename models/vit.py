@@ -25,7 +25,7 @@ from ..ops import nn, random
 from ..ops.nn.patches import patch_embedding
 from ..ops.random import Key
 from .config import Config
-from .model import Model
+from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, first_token, mlp, project, run_blocks
 
@@ -64,6 +64,7 @@ class ViTConfig(Config):
     PADDED = ("heads", "kv_heads", "ffn")
 
     def __post_init__(self) -> None:
+        self.check_types()
         if not self.ffn:
             object.__setattr__(self, "ffn", 4 * self.embed)
         super().__post_init__()
@@ -194,7 +195,7 @@ def vit(config: ViTConfig, strategy: Strategy) -> Model:
     >>> model.apply(params, images)
     f32[2/data 5] local[1 5] on mesh(data=2, tensor=2)
     """
-    s = strategy
+    s = expect("vit", config, ViTConfig, strategy)
 
     def norm(p: Params, role: str, x: ShardedTensor) -> ShardedTensor:
         return nn.layer_norm(x, p[role], p[f"{role}_bias"], eps=config.eps)

@@ -13,7 +13,10 @@ running sum.
 
 Streamed moves A and B along two axes (C stays), ring one tensor along one axis. Only the local
 blocks are saved for backward, and no more than one panel of each moving tensor is held at a time:
-1/q of what a gather would receive. Sums over panels are taken in the dtype of the result.
+1/q of what a gather would receive.
+
+Running sums of half precision are float32 and rounded once; what travels is rounded on the way,
+unless `reduce_dtype` is wider, as in a reduce_scatter.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from torch import Tensor
 from ..layouts.convert import in_front
 from ..meshlib import record
 from ..meshlib.mesh import Mesh
-from .product import Letters, lowered, raised, sizes
+from .kept import kept
+from .product import Letters, added, lowered, product, raised, sizes
 
 Shards = Sequence[Tensor]
 
@@ -43,7 +47,7 @@ class Form:
     axes: tuple[str | None, str | None, str | None]  # None: that tensor stays
     ring: bool
     result: int = 2
-    wide: torch.dtype | None = None  # in which a moving result is summed
+    wide: torch.dtype | None = None  # in which sums are taken
 
     @property
     def steps(self) -> int:
@@ -72,6 +76,14 @@ class Form:
         axis = next(a for a in self.axes if a is not None)
         ahead = step + (self.axes[self.result] is not None)
         return [(p + ahead) % self.steps for p in self.mesh.positions((axis,))]
+
+    def total(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the products of panels are summed; no sum keeps theirs."""
+        if self.axes[self.result] is not None:
+            return self.wide or dtype
+        if self.factor in self.letters[self.result]:
+            return dtype
+        return torch.promote_types(dtype, self.wide or torch.float32)
 
     def mapped(self, which: Sequence[bool]) -> Form:
         """The form with one more letter, in front, on these tensors (vmap)."""
@@ -130,20 +142,15 @@ class _Run:
         form = self.form
         da, db, out = form.names
         left, right = (self.panels(i, x) for i, x in zip(form.operands, given, strict=True))
-        wide = form.wide if form.axes[form.result] is not None else None
+        dtype = form.total(given[0][0].dtype)
 
         def multiply(onto: Shards | None) -> Shards:
             a, b = next(left), next(right)
             self.size = sizes(a[0], b[0], da, db)
             pairs = [lowered(x, y, da, db, out) for x, y in zip(a, b, strict=True)]
             if onto is None:
-                return [(x @ y).to(wide) if wide else x @ y for x, y in pairs]
-            for total, (x, y) in zip(onto, pairs, strict=True):
-                if total.dtype == x.dtype:
-                    (torch.addmm if x.ndim == 2 else torch.baddbmm)(total, x, y, out=total)
-                else:
-                    total.add_(x @ y)
-            return onto
+                return [product(x, y, dtype) for x, y in pairs]
+            return [added(total, x, y) for total, (x, y) in zip(onto, pairs, strict=True)]
 
         return (multiply for _ in range(form.steps))
 
@@ -208,9 +215,13 @@ def run(
     moves = form.axes[form.result] is not None
     has = form.factor in form.letters[form.result]
     way = ("travelled" if form.ring else "reduced") if moves else ("sliced" if has else "summed")
-    out = getattr(_Run(form, by, backward), way)(given)
-    dtype = given[0][0].dtype
-    return out if out[0].dtype == dtype else [x.to(dtype) for x in out]
+
+    def computed() -> list[Tensor]:
+        out = getattr(_Run(form, by, backward), way)(given)
+        dtype = given[0][0].dtype
+        return out if out[0].dtype == dtype else [x.to(dtype) for x in out]
+
+    return kept(computed)
 
 
 class Panels(torch.autograd.Function):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from functools import cache
 
+import torch
 from torch import Tensor
 
 Letters = tuple[str, ...]
@@ -68,6 +69,28 @@ def raised(
     batch, left, right, _ = pair(da, db, out)
     made = (*batch, *left, *right)
     return _ordered(product.reshape([size[c] for c in made]), made, out)
+
+
+def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ y, two or three dims, in this dtype: not rounded to the operands' first."""
+    if x.dtype == dtype:
+        return x @ y
+    if _widens(x, dtype):
+        return (torch.mm if x.ndim == 2 else torch.bmm)(x, y, out_dtype=dtype)
+    return x.to(dtype) @ y.to(dtype)
+
+
+def added(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total + x @ y in the dtype of the total, in place where one kernel does that."""
+    if total.dtype == x.dtype:
+        return (torch.addmm if x.ndim == 2 else torch.baddbmm)(total, x, y, out=total)
+    return total.add_(product(x, y, total.dtype))
+
+
+def _widens(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a matmul's kernel can leave its float32 sum of half-precision terms unrounded."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and dtype == torch.float32 and x.device.type in ("cuda", "meta")
 
 
 def _ordered(x: Tensor, made: Letters, out: Letters) -> Tensor:

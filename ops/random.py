@@ -8,7 +8,7 @@ a key is used once, then split or folded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,25 @@ from ..layouts.place import from_callback
 from ..layouts.sharded import ShardedTensor
 from ..meshlib import philox
 from ..meshlib.mesh import Mesh
+
+
+class PaddedShape(tuple[int, ...]):
+    """A shape whose dims are rounded up from `true` ones.
+
+    Drawn values are those of the true shape, wherever they lie; beyond it they are zero.
+
+    >>> shape = PaddedShape((4, 6), true=(3, 5))
+    >>> shape, shape.true
+    ((4, 6), (3, 5))
+    """
+
+    true: tuple[int, ...]
+
+    def __new__(cls, sizes: Iterable[int], *, true: Iterable[int]) -> PaddedShape:
+        """The shape `sizes`, of which `true` is the part that is no padding."""
+        made = super().__new__(cls, sizes)
+        made.true = tuple(true)
+        return made
 
 
 @dataclass(frozen=True)
@@ -63,9 +82,23 @@ def _fill(
 ) -> ShardedTensor:
     """A tensor whose every block is drawn where it lies."""
     size = tuple(int(n) for n in shape)
+    true = shape.true if isinstance(shape, PaddedShape) else size
     kind = dtype or torch.get_default_dtype()
+
+    def block(index: tuple[slice, ...]) -> Tensor:
+        inside = tuple(
+            slice(min(part.start, n), min(part.stop, n))
+            for part, n in zip(index, true, strict=True)
+        )
+        drawn = draw(key.words, true, inside, dtype=kind, device=mesh.device, **options)
+        if inside == index:
+            return drawn
+        padded = drawn.new_zeros([part.stop - part.start for part in index])
+        padded[tuple(slice(n) for n in drawn.shape)] = drawn
+        return padded
+
     return from_callback(
-        lambda index: draw(key.words, size, index, dtype=kind, device=mesh.device, **options),
+        block,
         size,
         mesh,
         resolve(layout, len(size), None, size, mesh),

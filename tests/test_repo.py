@@ -125,11 +125,13 @@ def test_folders_import_in_one_direction() -> None:
         ("optim", "checkpoint"),
         ("checkpoint", "cli"),
         ("checkpoint", "models"),
+        ("interop", "checkpoint"),
+        ("optim", "interop"),
     ],
 )
 def test_a_wrong_direction_is_noticed(tmp_path: Path, importer: str, imported: str) -> None:
     package = tmp_path / "src" / "shardwise"
-    for name in ("", *FOLDERS, "checkpoint", "cli"):
+    for name in ("", *FOLDERS, "checkpoint", "cli", "interop"):
         (package / name).mkdir(parents=True, exist_ok=True)
         (package / name / "__init__.py").write_text("")
     (package / importer / "wrong.py").write_text(f"from .. import {imported}\n")

@@ -141,8 +141,9 @@ def init(
         strategy: its rows at rest.
 
     Returns:
-        The same tree of ShardedTensors; equal values on every mesh. Leaves that a `.../axis` row
-        cannot cut are left whole, and a warning lists them with their bytes per device.
+        The same tree of ShardedTensors; equal values on every mesh, and with padding the same as
+        without. Leaves that a `.../axis` row cannot cut are left whole, and a warning lists them
+        with their bytes per device.
 
     Raises:
         LayoutError: rows that do not fit, all of them, before anything is made.
@@ -155,6 +156,9 @@ def init(
     >>> nn.init(sw.random.key(0), declared, {"embed": 4, "ffn": 8}, mesh, s)
     {'w_up': f32[4 8/tensor] local[4 4] on mesh(data=2, tensor=2)}
     """
+    if not isinstance(key, Key):
+        raise TypeError(f"init: key = {key!r}; expected a key, such as random.key(0)")
+    true = getattr(sizes, "true_sizes", sizes)  # what a config's sizes are without padding
     layouts = strategy.layouts(declaration, sizes, mesh)
     whole = strategy.left_whole(declaration, sizes, mesh, layouts)
     if whole:
@@ -167,5 +171,6 @@ def init(
     for path, param, layout in zip(paths, params, optree.tree_leaves(layouts), strict=True):
         own = random.fold_in(key, ".".join(map(str, path)))
         dtype = param.dtype or strategy.precision.param
-        made.append(param.init(own, param.shape(sizes), mesh, layout, dtype, param.fan(sizes)))
+        shape = random.PaddedShape(param.shape(sizes), true=param.shape(true))
+        made.append(param.init(own, shape, mesh, layout, dtype, param.fan(true)))
     return spec.unflatten(made)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, get_args
 
-import torch
+from ...layouts.precision import DTYPES, Precision
+from ...layouts.rows import Frozen
+from ...layouts.strategy import Strategy, Table
+from ...meshlib.errors import nearest
 
-from ...layouts.strategy import Precision, Strategy, Table
-
-_EMPTY: Table = MappingProxyType({})
+_EMPTY: Table = Frozen()
 KV = Literal["cut", "replicate"]
 
 
@@ -35,6 +35,7 @@ def data(axis: str = "data") -> Strategy:
 
     Cost per step and device: 2(n-1)/n of the gradients' bytes, backward.
     """
+    _check_axes("data", axis)
     return Strategy(
         {"*": "..."},
         {"*": f"... {{R:{axis}}}"},
@@ -52,6 +53,7 @@ def fsdp(axis: str = "data", *, save: Literal["gathered", "shard"] = "shard") ->
     Cost per step and device: (n-1)/n of the parameters' bytes each way; once more with
     save="shard", which gathers again in the backward and so holds one layer at a time.
     """
+    _check_axes("fsdp", axis)
     base = data(axis)
     return Strategy({"*": f".../{axis}"}, base.compute, base.activations, options={"save": save})
 
@@ -65,6 +67,7 @@ def tensor_1d(axis: str = "tensor", *, kv: KV = "cut") -> Strategy:
         axis: mesh axis.
         kv: "replicate" leaves keys and values whole, where the axis does not divide their heads.
     """
+    _check_axes("tensor_1d", axis)
     t = axis
     rest = {
         "w_q": f"embed heads/{t} head_dim",
@@ -102,7 +105,7 @@ def tensor_1d(axis: str = "tensor", *, kv: KV = "cut") -> Strategy:
         f"batch seq kv_heads head_dim {{R:{t}}}",
     )
     compute = {"q_norm": f"head_dim {{R:{t}}}"}
-    return _transformer(rest, compute, activations, whole if kv == "replicate" else None)
+    return _transformer(rest, compute, activations, whole, kv)
 
 
 def sequence_parallel(axis: str = "tensor", *, kv: KV = "cut") -> Strategy:
@@ -140,6 +143,7 @@ def tensor_2d(
         method: of the matmuls: "streamed" leaves weights and block inputs where they rest.
         kv: as in `tensor_1d`.
     """
+    _check_axes("tensor_2d", row, col)
     rest = {
         "w_q": f"embed/{row} heads/{col} head_dim",
         "w_o": f"heads/{row} head_dim embed/{col}",
@@ -190,7 +194,7 @@ def tensor_2d(
         f"kv_heads head_dim {{R:{row},{col}}}",
         f"batch/{row} seq kv_heads head_dim {{R:{col}}}",
     )
-    made = _transformer(rest, compute, activations, whole if kv == "replicate" else None)
+    made = _transformer(rest, compute, activations, whole, kv)
     return replace(made, options={"matmul": method}, equal=((row, col),))
 
 
@@ -207,6 +211,7 @@ def tensor_2p5d(
     Cost per layer and device, forward: (q-1)/q^2 (7 stream / d + 12 embed^2); backward as in 2D,
     and an all_reduce of the weights' gradients over depth.
     """
+    _check_axes("tensor_2p5d", depth, row, col)
     return data(depth) * tensor_2d(row, col, method=method, kv=kv)
 
 
@@ -222,6 +227,7 @@ def tensor_3d(i: str = "i", j: str = "j", k: str = "k", *, kv: KV = "cut") -> St
         k: mesh axis that cuts the stream's features, and scatters a block's products.
         kv: as in `tensor_1d`.
     """
+    _check_axes("tensor_3d", i, j, k)
     rest = {
         "w_q": f"embed/{k}/{i} heads/{j} head_dim",
         "w_o": f"heads/{j}/{i} head_dim embed/{k}",
@@ -266,7 +272,7 @@ def tensor_3d(i: str = "i", j: str = "j", k: str = "k", *, kv: KV = "cut") -> St
         f"kv_heads head_dim {{R:{i},{j}}}",
         f"batch/{i}/{k} seq kv_heads head_dim {{R:{j}}}",
     )
-    made = _transformer(rest, compute, activations, whole if kv == "replicate" else None)
+    made = _transformer(rest, compute, activations, whole, kv)
     return replace(made, equal=((i, j, k),))
 
 
@@ -280,12 +286,25 @@ class _Whole:
     activation: str
 
 
-def _transformer(rest: Table, compute: Table, activations: Table, whole: _Whole | None) -> Strategy:
+def _check_axes(preset: str, *axes: Any) -> None:
+    """Refuse what is no name of an axis, and one axis in two places."""
+    for axis in axes:
+        if not isinstance(axis, str) or not axis.isidentifier():
+            raise ValueError(f"{preset}: {axis!r} is no name of a mesh axis, such as 'data'")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{preset}: axes {', '.join(map(repr, axes))} must differ")
+
+
+def _transformer(
+    rest: Table, compute: Table, activations: Table, whole: _Whole, kv: KV
+) -> Strategy:
     """A tensor preset from the rows of its table: the roles that go like others are filled in."""
+    if kv not in get_args(KV):
+        raise ValueError(f"strategy: kv = {kv!r}{nearest(str(kv), get_args(KV))}")
     rest = {**rest, **_likewise(rest)}
     compute = {**rest, **compute, **_likewise(compute)}
     activations = {**activations, **_likewise(activations)}
-    if whole is not None:
+    if kv == "replicate":
         weights, biases = ("w_k", "w_v"), ("b_k", "b_v")
         rest |= dict.fromkeys(weights, whole.rest) | dict.fromkeys(biases, "kv_heads head_dim")
         compute |= dict.fromkeys(weights, whole.compute) | dict.fromkeys(biases, whole.bias)
@@ -307,8 +326,8 @@ _LIKE: dict[str, tuple[str, str, str]] = {
     "b_down": ("b_o", "", ""),
     "head": ("embed", "", ""),
     "k_norm": ("q_norm", "", ""),
-    "w_mix": ("w_up", "", ""),  # embed -> embed outside the blocks (BERT's transform)
-    "b_mix": ("b_up", "", ""),
+    "w_mix": ("w_up", "ffn", "mixed"),  # embed -> mixed outside the blocks (BERT's transform)
+    "b_mix": ("b_up", "ffn", "mixed"),
     "types": ("pos", "position", "types"),
     "w_patch": ("pos", "position", "pixel"),
     "b_patch": ("*norm*", "", ""),
@@ -328,15 +347,33 @@ def _likewise(table: Table) -> dict[str, str]:
 def from_toml(text: str) -> Strategy:
     """A strategy from `Strategy.to_toml`.
 
+    Raises:
+        ValueError: no TOML; an unknown table, key, option or dtype; a value of a wrong type.
+
     >>> from shardwise import strategies
     >>> s = strategies.fsdp()
     >>> strategies.from_toml(s.to_toml()) == s
     True
     """
     tables = tomllib.loads(text)
-    given = dict(tables.get("strategy", {}))
-    names = ("rest", "compute", "activations")
-    parts = {name: given.pop(name, {}) for name in names}
-    equal = tuple(tuple(axes) for axes in given.pop("equal", ()))
-    dtypes = {name: getattr(torch, dtype) for name, dtype in tables.get("precision", {}).items()}
-    return Strategy(**parts, precision=Precision(**dtypes), options=given, equal=equal)
+    for name, table in tables.items():
+        if name not in ("strategy", "precision"):
+            raise ValueError(f"unknown table {name!r}{nearest(name, ('strategy', 'precision'))}")
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} = {table!r}; expected the table [{name}]")
+    given: dict[str, Any] = dict(tables.get("strategy", {}))
+    parts = {name: given.pop(name, {}) for name in ("rest", "compute", "activations")}
+    equal = given.pop("equal", [])
+    if isinstance(equal, list):  # TOML has no tuples
+        equal = tuple(tuple(axes) if isinstance(axes, list) else axes for axes in equal)
+    dtypes: dict[str, Any] = {}
+    for name, dtype in tables.get("precision", {}).items():
+        if name not in vars(Precision()):
+            raise ValueError(f"precision: unknown key {name!r}{nearest(name, vars(Precision()))}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"precision: {name} = {dtype!r}{nearest(str(dtype), DTYPES)}")
+        dtypes[name] = DTYPES[dtype]
+    try:
+        return Strategy(**parts, precision=Precision(**dtypes), options=given, equal=equal)
+    except TypeError as error:
+        raise ValueError(str(error)) from None

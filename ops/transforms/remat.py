@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from typing import Any, Literal, cast
 
 import optree
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
 from ...layouts import memory, saving
 from ...layouts.sharded import ShardedTensor
 from ...meshlib import record
+from ..kept import regions
 from .leaves import under_functorch
 
 Recompute = Literal["none", "cheap", "all"]
@@ -53,8 +54,9 @@ def remat(
 
     Args:
         f: any function; it must give the same when it runs again (random numbers come from keys).
-        recompute: "all" keeps the arguments only; "cheap" also the results of matmuls and
-            attention, so that only what is cheap runs again; "none" keeps everything.
+        recompute: "all" keeps the arguments only; "cheap" also the results of matmuls (streamed
+            and ring ones with what they moved) and attention, so that only what is cheap runs
+            again; "none" keeps everything.
         offload: what is kept for backward goes to the host, pinned beside a GPU, and comes back
             when needed: with "all" and "cheap" the activations among the arguments (what "cheap"
             keeps beside them stays), with "none" everything that the ops save. Parameters stay
@@ -147,7 +149,8 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_cheap = partial(create_selective_checkpoint_contexts, _policy)
+def _cheap() -> Any:
+    return regions(create_selective_checkpoint_contexts(_policy))
 
 
 @dataclass

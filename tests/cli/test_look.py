@@ -1,12 +1,15 @@
-"""`shardwise plan` and `shardwise show`: a run's communication and layouts without running it."""
+"""`plan`, `show`, `inspect`, `doctor`: what a run would do, what it saved, what is there."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import shardwise as sw
 from shardwise.cli.main import main
 
 FILE = str(Path(__file__).parents[2] / "examples/gpt_text.toml")
@@ -30,6 +33,17 @@ def test_plan_prints_the_collectives_of_one_step(capsys: pytest.CaptureFixture[s
 def test_plan_is_of_any_size_of_mesh(capsys: pytest.CaptureFixture[str]) -> None:
     big = ["--set", "mesh.data=256", "--set", "data.batch=1024", "--set", "mesh.depth=2"]
     assert "over data: " in run(capsys, "plan", FILE, *SMALL, *big)
+
+
+def test_plan_holds_the_whole_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    """On an abstract mesh too: ZeRO, offload, scaled losses, micro-batches."""
+    options = ("zero.stage=2", "memory.optimizer=host", "optimizer.loss_scale=dynamic")
+    more = [word for option in (*options, "data.micro_batches=2") for word in ("--set", option)]
+    data = json.loads(run(capsys, "plan", FILE, "--json", *SMALL, *more))
+    assert {c["kind"] for c in data["collectives"]} == {
+        "all_reduce", "reduce_scatter", "all_gather",
+    }  # fmt: skip
+    assert {c["kind"] for c in data["copies"]} == {"to_host", "to_device"}
 
 
 def test_plan_compares_two_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -67,3 +81,66 @@ def test_bad_input_is_refused(
 ) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_inspect_shows_and_verifies_a_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    mesh = sw.make_mesh({"data": 2})
+    for step in (1, 2):
+        tree = {"w": sw.full((4, 6), 1.0, mesh, "a/data b"), "key": sw.random.key(0), "step": step}
+        sw.checkpoint.save(folder, tree, step=step)
+    assert run(capsys, "inspect", str(folder)).startswith("step 2: 1 tensors, 24 elements, 96 B")
+    assert run(capsys, "inspect", str(folder), "--step", "1").startswith("step 1: ")
+    assert run(capsys, "inspect", str(folder / "step-00000001")).startswith("step 1: ")
+    assert "every byte is as it was written" in run(capsys, "inspect", str(folder), "--verify")
+    data = json.loads(run(capsys, "inspect", str(folder), "--json", "--verify"))
+    assert data["step"] == 2
+    assert data["values"] == {"key": str(sw.random.key(0)), "step": 2}
+    assert data["tensors"]["w"] == {
+        "dtype": "float32", "shape": [4, 6], "bytes": 96, "layout": "_/data _",
+        "mesh": {"data": 2}, "blocks": 2,
+    }  # fmt: skip
+    assert [body["bytes"] for body in data["files"].values()] == [
+        path.stat().st_size for path in sorted((folder / "step-00000002").glob("shard-*"))
+    ]
+
+    body = next((folder / "step-00000002").glob("shard-*"))
+    raw = body.read_bytes()
+    body.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert main(["inspect", str(folder)]) == 0  # the manifest is sound
+    assert main(["inspect", str(folder), "--verify"]) == 1
+    assert body.name in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert "no checkpoint here" in capsys.readouterr().err
+
+
+def test_doctor_tells_versions_devices_and_the_mesh(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = json.loads(run(capsys, "doctor", FILE, "--set", "mesh.depth=4", "--json"))
+    assert data["packages"]["torch"] == torch.__version__
+    assert data["packages"]["shardwise"] == sw.__version__
+    assert set(data["optional"]) == {"rich", "matplotlib", "safetensors", "transformers", "triton"}
+    assert (data["processes"], data["transport"]) == (1, "simulated")
+    assert data["mesh"] == "mesh(data=2, depth=4, tensor=2)"
+    assert len(data["devices"]) == torch.cuda.device_count()
+    shown = run(capsys, "doctor")
+    assert "this process alone: meshes are simulated" in shown
+    assert shown.splitlines()[-1] == "mesh         mesh(data=1)"
+
+    started = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    shown = run(capsys, "doctor", FILE)  # nothing is started, nobody is waited for
+    assert "8 processes: meshes are distributed" in shown
+    assert shown.splitlines()[-1] == "mesh         mesh(data=2, depth=2, tensor=2)"
+    shown = run(capsys, "doctor", FILE, "--set", "mesh.data=3")
+    assert "mesh(data=3, depth=-1, tensor=2) does not fit 8 processes" in shown
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert "triton       not there; needed for kernels on a GPU" in run(capsys, "doctor")
+
+
+def missing(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)

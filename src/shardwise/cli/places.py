@@ -56,4 +56,5 @@ def path_of(name: str) -> Keys:
 
 
 def dotted(keys: Keys) -> str:
+    """Keys as TOML writes them."""
     return ".".join(k if re.fullmatch(r"[\w-]+", k, re.ASCII) else json.dumps(k) for k in keys)

@@ -80,10 +80,11 @@ def test_all_rows_that_do_not_fit_are_listed_by_path() -> None:
     declaration = {"x": {"w_up": nn.Param("embed -> ffn")}, "w_down": nn.Param("ffn -> embed")}
     with pytest.raises(sw.LayoutError) as error:
         strategies.tensor_1d().layouts(declaration, {"embed": 4, "ffn": 6}, mesh)
-    assert "x.w_up: rest row of w_up: dim 1 of size 6 is not divisible by axis 'tensor'" in str(
-        error.value
+    assert (
+        "x.w_up: rest row of w_up: dim 'ffn' of size 6 is not divisible by 4 ('tensor'); pad it: pad.ffn = 4"
+        in str(error.value)
     )
-    assert "w_down: rest row of w_down: dim 0 of size 6" in str(error.value)
+    assert "w_down: rest row of w_down: dim 'ffn' of size 6" in str(error.value)
 
 
 MISTAKES = {
@@ -104,10 +105,13 @@ def test_mistakes_are_named(words: str) -> None:
 
 def test_toml_round_trip_and_table() -> None:
     s = (strategies.fsdp() * strategies.tensor_1d()).replace(
-        rest={"special": "a b/tensor"}, precision=sw.Precision(torch.bfloat16), recompute="cheap"
+        rest={"special": "a b/tensor", 'a "role" \\': "a"},
+        precision=sw.Precision(torch.bfloat16),
+        recompute="cheap",
     )
     assert strategies.from_toml(s.to_toml()) == s
     mesh = sw.make_mesh({"data": 2, "tensor": 2})
+    s = strategies.fsdp() * strategies.tensor_1d()
     shown = str(s.table({"w_up": nn.Param("embed -> ffn")}, {"embed": 8, "ffn": 8}, mesh))
     assert "w_up       [8/data 8/tensor]  embed ffn/tensor {R:data}  32" in shown
     assert "embed ffn/tensor {R:data}" in str(s)
