@@ -61,8 +61,8 @@ def block(p: Any, x: sw.ShardedTensor, s: sw.Strategy) -> sw.ShardedTensor:
     a = nn.attention(q, k, v, causal=True, out=s["attended"])
     x = x + nn.dense(a, p["w_o"], out=s["hidden"], inputs=2)
     h = sw.reshard(nn.rms_norm(x, p["mlp_norm"]), s["block_in"])
-    h = F.gelu(nn.dense(h, p["w_up"], p["b_up"], out=s["ffn"]))
-    return x + nn.dense(h, p["w_down"], p["b_down"], out=s["hidden"])
+    up: Any = F.gelu(nn.dense(h, p["w_up"], p["b_up"], out=s["ffn"]))
+    return x + nn.dense(up, p["w_down"], p["b_down"], out=s["hidden"])
 
 
 def loss(params: Any, batch: Any, s: sw.Strategy = STRATEGY) -> sw.ShardedTensor:
@@ -72,7 +72,7 @@ def loss(params: Any, batch: Any, s: sw.Strategy = STRATEGY) -> sw.ShardedTensor
     x = sw.reshard(x + p["pos"][: batch["tokens"].shape[1]], s["hidden"])
     x, _ = sw.scan(lambda x, p: (block(s.use(p), x, s), None), x, params["blocks"])
     h = sw.reshard(nn.rms_norm(x, p["final_norm"]), s["block_in"])
-    logits = sw.ops.einsum("batch seq embed, vocab embed -> batch seq vocab", h, p["embed"], out=s["logits"])  # fmt: skip  # noqa: E501
+    logits = nn.dense(h, p["embed"].mT, out=s["logits"])
     return nn.cross_entropy(logits, batch["labels"])
 
 

@@ -63,6 +63,6 @@ def main(folder: Path | None = None) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
     main(parser.parse_args().folder)

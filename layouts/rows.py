@@ -77,8 +77,8 @@ def misnamed(row: str, names: tuple[str, ...], known: Iterable[str]) -> str:
     """What is wrong with a row's dim names beside those that a parameter declares; "" if nothing.
 
     Position says which dim is meant, so a name that is another dim's of this parameter, or that no
-    dim of the model has, is a mistake. Numbers, "_" and `...` are free, and so is the name of a dim
-    that this parameter has not: presets give one row to roles that differ in it.
+    dim of the model has but is spelled almost like one, is a mistake. Other names are free: presets
+    give one row to roles whose dims have other names, and so may a declaration.
     """
     parsed = notation.parse(row)
     if parsed.rest is None:
@@ -90,10 +90,11 @@ def misnamed(row: str, names: tuple[str, ...], known: Iterable[str]) -> str:
             pairs += list(zip(parsed.names[-behind:], names[-behind:], strict=False))
     known = set(known)
     for here, there in pairs:
-        is_free = here == "_" or here.isdigit() or there.isdigit() or here == there
-        if not is_free and (here in names or here not in known):
-            close = [here] if here in names else difflib.get_close_matches(here, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close and close != [here] else ""
+        if here == there or here.isdigit():
+            continue
+        meant = difflib.get_close_matches(here, names, n=1, cutoff=0.8)
+        if here in names or (here not in known and meant):
+            hint = "" if here in names else f"; did you mean {meant[0]!r}?"
             return (
                 f"'{row}' says {here!r} where the parameter has {there!r}{hint} ({' '.join(names)})"
             )

@@ -26,16 +26,7 @@ from ..ops.random import Key
 from .config import Config
 from .model import Model, expect, expect_tokens
 from .names import Source
-from .transformer import (
-    Params,
-    Place,
-    attend,
-    first_token,
-    mlp,
-    project,
-    run_blocks,
-    seen_keys,
-)
+from .transformer import Params, Place, attend, first_token, mlp, project, run_blocks, seen_keys
 
 Task = Literal["pretrain", "masked", "encode"]
 _CLASSES: dict[Task, str] = {
@@ -316,10 +307,8 @@ def _encoded(
         y = mlp(p, reshard(x, s["block_in"]), s, F.gelu)
         return norm(p, "mlp_norm", x + nn.dropout(y, config.dropout, keys[1]))
 
-    expect_tokens(tokens)
+    expect_tokens(tokens, config.position if positions is None else None)
     if positions is None:
-        if tokens.shape[1] > config.position:
-            raise ValueError(f"bert: {tokens.shape[1]} tokens, but position = {config.position}")
         positions = torch.arange(tokens.shape[1], device=tokens.mesh.shard_device)
     roles = ("embed", "pos", "types", "embed_norm", "embed_norm_bias")
     p = s.use({role: params[role] for role in roles})

@@ -75,8 +75,9 @@ def load(
     Raises:
         FileNotFoundError: no folder, config.json or safetensors.
         TypeError: no Strategy.
-        ValueError: a dtype or tensors that are not floating; an unknown family; missing, unexpected or mis-shaped tensors (all of them, with
-            both shapes); damaged files; an index that leaves the folder.
+        ValueError: a dtype or tensors that are not floating; an unknown family; missing, unexpected
+            or mis-shaped tensors (all of them, with both shapes); damaged files; an index that
+            leaves the folder.
         LayoutError: sizes that the strategy cannot cut on this mesh; see `pad`.
     """
     if not isinstance(strategy, Strategy):
@@ -162,9 +163,12 @@ def match(model: Model, family: Family, folder: Folder) -> dict[str, Source]:
         elif not any(fits(name, pattern) for pattern in family.ignored):
             problems.append(f"unexpected  {name} {list(folder.specs[name].shape)}")
             is_other = True
-    if is_other and family.heads:
-        named = ", ".join(map(str, folder.config.get("architectures") or ["none"]))
-        problems.append(f"the classes that are read: {', '.join(family.heads)}; it names {named}")
+    named = folder.config.get("architectures") or ["no class"]
+    if is_other and not set(map(str, named)) & set(family.heads):
+        problems.append(
+            f"{CONFIG} names {', '.join(map(str, named))}; heads that are read are those of "
+            f"{', '.join(family.heads) or 'no other class'}"
+        )
     if problems:
         raise ValueError("\n  ".join([f"{folder.path} does not fit its {CONFIG}:", *problems]))
     return found

@@ -36,12 +36,12 @@ def expect(model: str, config: Any, kind: type, strategy: Any) -> Strategy:
     return strategy
 
 
-def expect_tokens(tokens: Any) -> None:
-    """Refuse what is no ShardedTensor [batch seq].
+def expect_tokens(tokens: Any, longest: int | None = None) -> None:
+    """Refuse what is no ShardedTensor [batch seq], or longer than the learned positions.
 
     Raises:
         TypeError: a plain tensor.
-        ValueError: another number of dims.
+        ValueError: another number of dims, or too many tokens.
     """
     if not isinstance(tokens, ShardedTensor):
         raise TypeError(
@@ -50,6 +50,10 @@ def expect_tokens(tokens: Any) -> None:
         )
     if tokens.ndim != 2:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected [batch seq]")
+    if longest is not None and tokens.shape[1] > longest:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens, but the model has learned position = {longest}"
+        )
 
 
 @dataclass(frozen=True)

@@ -221,12 +221,8 @@ def causal_model(
         mask: Any = None,
         key: Key | None = None,
     ) -> ShardedTensor:
-        expect_tokens(tokens)
         is_ordered = positions is None
-        if is_ordered and "pos" in declaration and tokens.shape[1] > config.position:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens, but the model has learned position = {config.position}"
-            )
+        expect_tokens(tokens, config.position if is_ordered and "pos" in declaration else None)
         if positions is None and mask is not None and positions_of is not None:
             positions = positions_of(mask)
         elif positions is None:

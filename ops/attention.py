@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,6 +19,7 @@ from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from .dispatch import Info, Local, Op, export
 from .rules import Dim, Dims, Rule
+from .transforms.leaves import depth, under_functorch
 
 
 def _rule(shapes: Sequence[Any], causal: bool, scale: float | None, grouped: bool) -> Rule:
@@ -65,7 +68,16 @@ def _rule(shapes: Sequence[Any], causal: bool, scale: float | None, grouped: boo
 
 
 def _local(info: Info) -> Local:
-    causal, scale, grouped = info.static
+    return local(*info.static, on_gpu=info.mesh.device.type == "cuda")
+
+
+def local(causal: bool, scale: float | None, grouped: bool, *, on_gpu: bool) -> Local:
+    """Torch's attention of local tensors, with derivatives of every order.
+
+    Its fused kernels have a first derivative only, backward. Forward mode, and gradients that are
+    nested inside a functorch transform, take the composition of differentiable ops instead; a
+    backward pass that is itself differentiated takes that one's gradients.
+    """
 
     def attend(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         return F.scaled_dot_product_attention(
@@ -76,7 +88,50 @@ def _local(info: Info) -> Local:
         with sdpa_kernel(_KERNELS, set_priority=True):
             return attend(q, k, v, mask)
 
-    return attend_on_gpu if info.mesh.device.type == "cuda" else attend
+    def composed(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, mask, 0.0, causal, None, scale=scale, enable_gqa=grouped
+        )[0]
+
+    fused = attend_on_gpu if on_gpu else attend
+
+    def attended(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        if _forward_ad._current_level >= 0 or (under_functorch() and depth() > 1):
+            return composed(q, k, v, mask)
+        result = fused(q, k, v, mask)
+        if not result.requires_grad or under_functorch():
+            return result
+        return _again_differentiable(composed, result, q, k, v, mask)
+
+    return attended
+
+
+_forward_ad = torch.autograd.forward_ad
+
+
+class _Twice(torch.autograd.Function):
+    """The result of a fused kernel; where its backward must have a graph, that of `composed`."""
+
+    @staticmethod
+    def forward(ctx: Any, composed: Any, result: Any, *inputs: Any) -> Any:
+        ctx.composed = composed
+        ctx.save_for_backward(*inputs)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None, grad, *(None for _ in ctx.needs_input_grad[2:])
+        # views: q, k and v may be one tensor, and each has its own gradient
+        inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        needed: Any = [x for x, need in zip(inputs, ctx.needs_input_grad[2:], strict=True) if need]
+        found = iter(torch.autograd.grad(ctx.composed(*inputs), needed, grad, create_graph=True))
+        # none for the fused kernel's result: its own backward then has nothing to do
+        return None, None, *(next(found) if n else None for n in ctx.needs_input_grad[2:])
+
+
+# the C apply: no signature binding
+_again_differentiable = super(torch.autograd.Function, _Twice).apply  # pyright: ignore
 
 
 def _flops(info: Info) -> float:
@@ -94,6 +149,31 @@ _KERNELS = [
     SDPBackend.MATH,
 ]
 _ATTENTION = Op("scaled_dot_product_attention", _rule, _local, flops=_flops)
+
+
+def _swapped(dims: Sequence[Any]) -> tuple[Any, ...]:
+    """[..., heads, seq, width] as [..., seq, heads, width], and back."""
+    return (*dims[:-3], dims[-2], dims[-3], dims[-1])
+
+
+def _rule_by_sequence(shapes: Sequence[Any], *static: Any) -> Rule:
+    rule = _rule([*map(_swapped, shapes[:3]), *shapes[3:]], *static)
+    inputs = (*map(_swapped, rule.inputs[:3]), *rule.inputs[3:])
+    return replace(rule, inputs=inputs, outputs=(_swapped(rule.outputs[0]),))
+
+
+def _local_by_sequence(info: Info) -> Local:
+    attended: Any = _local(info)
+
+    def swapped(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        heads = [x.transpose(-2, -3) for x in (q, k, v)]
+        return attended(*heads, mask).transpose(-2, -3)
+
+    return swapped
+
+
+# The same of [batch seq heads head_dim]: its errors speak of these dims.
+BY_SEQUENCE = Op("attention", _rule_by_sequence, _local_by_sequence, flops=_flops)
 
 
 @export(F.scaled_dot_product_attention)

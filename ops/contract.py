@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from ..layouts import notation
 from ..layouts.convert import Save
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor, install
-from ..meshlib.errors import LayoutError
+from ..meshlib.errors import LayoutError, word
+from ..meshlib.source import user_line
 from .dispatch import Info, Local, Op, binary, export
+from .given import check_operands
 from .method import Method, arrive, check_method, multiply
 from .pointwise import OPS
 from .product import Letters, contract, summed
@@ -30,6 +32,32 @@ from .rules import Dims, Rule, make
 
 
 def _local(info: Info) -> Local:
+    return _one_dtype("einsum", info, _contraction(info))
+
+
+def _one_dtype(name: str, info: Info, run: Callable[..., Any]) -> Local:
+    """`run`; where its operands have several dtypes, torch's refusal in the library's words."""
+    if len({kind.dtype for kind in info.kinds}) < 2:
+        return run
+
+    def tried(*operands: Any) -> Any:
+        try:
+            return run(*operands)
+        except RuntimeError:
+            raise TypeError(
+                word(
+                    "operands have several dtypes; convert one: x.to(y.dtype)",
+                    op=name,
+                    source=user_line(),
+                    operands=[(f"operand {i}", str(k)) for i, k in enumerate(info.kinds)],
+                )
+            ) from None
+
+    return tried
+
+
+def _contraction(info: Info) -> Callable[..., Any]:
+    """The local function of an einsum."""
     inputs = [tuple(dim[0] if dim else "" for dim in dims) for dims in info.rule.inputs]
     out = tuple(dim[0] for dim in info.rule.outputs[0])
     if any("" in letters for letters in inputs):
@@ -62,7 +90,7 @@ def _one(x: Tensor, have: Letters, out: Letters) -> Tensor:
     return x.permute([have.index(c) for c in out])
 
 
-def _broadcast_local(info: Info, out: Letters) -> Local:
+def _broadcast_local(info: Info, out: Letters) -> Callable[..., Any]:
     """matmul with broadcast batch dims: torch's own."""
     return torch.matmul
 
@@ -135,7 +163,11 @@ def einsum(
     save: Save = "gathered",
     reduce_dtype: torch.dtype | None = None,
 ) -> ShardedTensor:
-    """A contraction, as `torch.einsum`: what is in no result is summed.
+    """A contraction: what is in no result is summed.
+
+    The notation is that of `torch.einsum` with names for letters, if you like, and less of it: the
+    result is always written, no "...", no letter twice in an operand, and sizes are equal, a 1
+    broadcasts with nothing.
 
     Args:
         pattern: "b s d, d f -> b s f"; single letters may stand together, as in torch.
@@ -147,7 +179,8 @@ def einsum(
         method: of a product of two: "direct" gathers operands whole; "streamed" and "ring" move
             them panel by panel, where `ops/method.py` says that they can.
         save: of gathers: keep the whole for backward, or the "shard" and gather again.
-        reduce_dtype: in which a sum that `out` reduces is taken.
+        reduce_dtype: in which a sum that `out` reduces is taken, and that over panels, which is
+            float32 at least.
 
     Returns:
         Cut on each axis as its letter; unreduced over axes that cut a summed letter.
@@ -155,7 +188,8 @@ def einsum(
     Raises:
         LayoutError: kind "choice", with fixes, where operands are cut on different letters by one
             axis.
-        ValueError: sizes that do not fit, a bad pattern.
+        ValueError: sizes that do not fit, a bad pattern, an unknown `method` or `save`.
+        TypeError: no operand is a ShardedTensor, or they have several dtypes.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"data": 2, "tensor": 2})
@@ -166,7 +200,11 @@ def einsum(
     """
     if operands and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
+    check_operands("einsum", operands)
     check_method("einsum", method)
+    if save not in get_args(Save):
+        known = ", ".join(map(repr, get_args(Save)))
+        raise ValueError(f"einsum: unknown save {save!r} (known: {known})")
     if out is not None and not isinstance(out, Tensor | ShardedTensor):
         _names_agree(pattern, out)
     static = (" ".join(pattern.split()),)
@@ -213,7 +251,9 @@ def _matmul_rule(shapes: Sequence[Any], *_: Any) -> Rule:
     return make(f"{left}, {right} -> {result}", shapes, linear=(0, 1))
 
 
-_MATMUL = Op("matmul", _matmul_rule, lambda info: torch.matmul, flops=flops)
+_MATMUL = Op(
+    "matmul", _matmul_rule, lambda info: _one_dtype("matmul", info, torch.matmul), flops=flops
+)
 _matmul_fast = binary(_MATMUL, lambda x, y: _MATMUL((x, y)))
 
 
@@ -242,6 +282,7 @@ def matmul(
     """
     if out is None and over is None and type(x) is ShardedTensor and type(y) is ShardedTensor:
         return _matmul_fast(x, y)
+    check_operands("matmul", (x, y))
     return _MATMUL((x, y), (), out, over)
 
 
@@ -253,7 +294,7 @@ def _linear_rule(shapes: Sequence[Any], *_: Any) -> Rule:
     return make("... k, n k -> ... n", shapes, linear=(0, 1))
 
 
-_LINEAR = Op("linear", _linear_rule, lambda _: F.linear, flops=flops)
+_LINEAR = Op("linear", _linear_rule, lambda info: _one_dtype("linear", info, F.linear), flops=flops)
 
 
 @export(F.linear)
@@ -274,6 +315,7 @@ def linear(
     >>> torch.nn.functional.linear(x, w, sw.shard(torch.ones(6), mesh)).full_tensor()[0, 0]
     tensor(9.)
     """
+    check_operands("linear", (x, weight))
     if bias is None:
         return _LINEAR((x, weight), (), out, over)
     return OPS["add"]((_LINEAR.toward((x, weight), (), out, over), bias), (), out)

@@ -8,13 +8,16 @@ and its results are written here in the first run and read, instead of computed,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _pop_mode_temporarily
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 
 Compute = Callable[[], list[Tensor]]
 
@@ -30,20 +33,26 @@ class _Run:
 _RUNS: ContextVar[tuple[_Run, ...]] = ContextVar("runs", default=())
 
 
-def regions(modes: tuple[Any, Any]) -> tuple[AbstractContextManager[None], ...]:
+def regions(modes: tuple[Any, Any]) -> tuple[Any, Any]:
     """Contexts of a region's first and second run, around torch's modes for them."""
     results: list[list[Tensor] | None] = []
-    return _region(modes[0], results, False), _region(modes[1], results, True)
+    return _Region(modes[0], results, False), _Region(modes[1], results, True)
 
 
-@contextmanager
-def _region(mode: Any, results: list[list[Tensor] | None], again: bool) -> Iterator[None]:
-    token = _RUNS.set((*_RUNS.get(), _Run(mode, results, again)))
-    try:
-        with mode:
-            yield
-    finally:
-        _RUNS.reset(token)
+class _Region(TorchDispatchMode):
+    """Around a mode; itself never on the stack, and a mode by name, which tracing asks for."""
+
+    def __init__(self, mode: Any, results: list[list[Tensor] | None], again: bool) -> None:
+        self.mode, self.results, self.again = mode, results, again
+
+    def __enter__(self) -> None:
+        run = _Run(self.mode, self.results, self.again)
+        self.token = _RUNS.set((*_RUNS.get(), run))
+        self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        _RUNS.reset(self.token)
+        return self.mode.__exit__(*error)
 
 
 def kept(compute: Compute) -> list[Tensor]:
@@ -74,7 +83,7 @@ def _kept(runs: tuple[_Run, ...], compute: Compute) -> list[Tensor]:
 def _hidden(mode: Any) -> Iterator[None]:
     """Inside, this mode, the innermost, sees nothing; modes around it do."""
     with ExitStack() as stack:
-        above = torch.utils._python_dispatch._get_current_dispatch_mode()
+        above = _get_current_dispatch_mode()
         if above is mode:
             stack.enter_context(_pop_mode_temporarily())
         yield

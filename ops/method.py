@@ -89,6 +89,8 @@ def schedule(
     letters = [c for have in names for c in have]
     if len(names) != 3 or any(c == "" or letters.count(c) < 2 for c in letters):
         return None
+    if kinds[0].dtype != kinds[1].dtype:
+        return None
     if any(k.layout.memory != "device" or not is_inexact(k.dtype) for k in kinds):
         return None
     mesh = kinds[0].mesh

@@ -11,14 +11,15 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...layouts.layout import LayoutLike, make
 from ...layouts.place import constant
 from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor
+from ..attention import BY_SEQUENCE
 from ..contract import einsum
+from ..given import check_sharded
 from ..index import index_select
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -82,13 +83,17 @@ def attention(
     >>> sw.nn.attention(q, k, k, causal=True, window=3)
     f32[2/data 6 8/tensor 4] local[1 6 2 4] on mesh(data=2, tensor=4)
     """
+    check_sharded("attention", q=q, k=k, v=v)
     _check(q, k, v, window, softcap, group, method)
     k, v, grouped = _fitted(q, k, v, group)
     plain = causal and positions is None and kv_positions is None and window is None
     fused = plain and mask is None and bias is None and softcap is None
     seen = None if fused else _seen(q, k, causal, positions, kv_positions, window)
+    if bias is not None:
+        _check_term("bias", bias, q, k)
     added = bias
     if mask is not None:
+        _check_term("mask", mask, q, k)
         mask = _beside(mask, q)
         if mask.dtype == torch.bool:
             seen = mask if seen is None else seen & mask
@@ -185,11 +190,24 @@ def _wide(positions: Any) -> Any:
     return positions[None, None] if positions.ndim == 1 else positions[:, None]
 
 
+def _check_term(name: str, term: Any, q: ShardedTensor, k: ShardedTensor) -> None:
+    """Raise unless a mask or bias broadcasts to [batch, heads, query, key]."""
+    if not isinstance(term, Tensor | ShardedTensor):
+        raise TypeError(f"attention: {name} must be a tensor, got {type(term).__name__}")
+    if term.ndim > 4:
+        raise ValueError(f"attention: a mask or bias has at most 4 dims, got {term.ndim}")
+    full = [q.shape[0], q.shape[2], q.shape[1], k.shape[1]]
+    fits = zip(term.shape, full[4 - term.ndim :], strict=True)
+    if any(n not in (1, want) for n, want in fits):
+        raise ValueError(
+            f"attention: {name} {list(term.shape)} does not broadcast to "
+            f"[batch, heads, query, key] {full}"
+        )
+
+
 def _beside(term: Any, q: ShardedTensor) -> ShardedTensor:
     """What is broadcast to [batch heads query key], cut as q is: each device keeps its own part."""
     whole = term if isinstance(term, ShardedTensor) else constant(term, q)
-    if whole.ndim > 4:
-        raise ValueError(f"attention: a mask or bias has at most 4 dims, got {whole.ndim}")
     layout = whole.layout
     if layout.unreduced or layout.varying:
         return whole
@@ -223,14 +241,8 @@ def _fused(
     if seen is not None:
         kept = torch.zeros((), dtype=q.dtype) if added is None else added
         added = t.where(seen, kept, -math.inf)
-    heads = (x.transpose(1, 2) for x in (q, k, v))  # pyright: ignore
-    return F.scaled_dot_product_attention(
-        *heads,  # pyright: ignore
-        attn_mask=added,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=grouped,
-    ).transpose(1, 2)  # pyright: ignore
+    operands = (q, k, v) if added is None else (q, k, v, added)
+    return BY_SEQUENCE(operands, (causal, scale, grouped))
 
 
 def _capped(

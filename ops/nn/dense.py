@@ -9,6 +9,7 @@ from ...layouts.layout import LayoutLike
 from ...layouts.sharded import ShardedTensor
 from ...meshlib import record
 from ..contract import EINSUM
+from ..given import check_operands
 from ..method import Method, arrive, check_method, multiply, multiply_all
 from ..pointwise import OPS
 
@@ -42,7 +43,9 @@ def dense(
 
     Raises:
         LayoutError: kind "choice", where the types leave one that neither `out` nor `over` settles.
-        ValueError: an unknown method, tuples of different lengths.
+        ValueError: an unknown method, tuples of different lengths, `inputs` or a bias that does
+            not fit.
+        TypeError: neither `x` nor `w` is a ShardedTensor.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})
@@ -64,7 +67,10 @@ def _dense(
         return _added(x, w, b, out, over, method, inputs)
     if not isinstance(inputs, int):
         raise TypeError("dense: a tuple of inputs needs a tuple of x")
+    for each in w if isinstance(w, tuple | list) else (w,):
+        check_operands("dense", (x, each))
     if not isinstance(w, tuple | list):
+        _check_bias(b, w, inputs)
         static = _static(x, w, inputs)
         if method == "direct" and b is None:
             return EINSUM((x, w), static, out, over)
@@ -73,6 +79,8 @@ def _dense(
         return _finished(product, b, out)
     count = len(w)
     biases, outs = _each(b, count, "b"), _each(out, count, "out")
+    for bias, each in zip(biases, w, strict=True):
+        _check_bias(bias, each, inputs)
     products = multiply_all(
         EINSUM,
         x,
@@ -100,11 +108,22 @@ def _added(
         raise ValueError(f"dense: {len(xs)} tensors x need a tuple of as many weights")
     total = None
     for x, each, dims in zip(xs, w, _each(inputs, len(xs), "inputs"), strict=True):
+        check_operands("dense", (x, each))
         static = _static(x, each, dims)
+        _check_bias(b, each, dims)
         product = multiply(EINSUM, (x, each), static, out, over, method=method, scatter=False)
         total = product if total is None else OPS["add"]((total, product))
     assert total is not None
     return _finished(total, b, out)
+
+
+def _check_bias(b: Any, w: Any, inputs: int) -> None:
+    """Raise unless a bias has the weight's out dims: a broadcast one is another thing."""
+    if b is not None and tuple(getattr(b, "shape", ())) != tuple(w.shape[inputs:]):
+        raise ValueError(
+            f"dense: b {list(getattr(b, 'shape', ()))} must be {list(w.shape[inputs:])}, the out "
+            f"dims of w {list(w.shape)}"
+        )
 
 
 def _finished(product: ShardedTensor, b: Any, out: LayoutLike | None) -> ShardedTensor:
@@ -125,6 +144,11 @@ def _each(value: Any, count: int, what: str) -> Sequence[Any]:
 
 def _static(x: ShardedTensor, w: ShardedTensor, inputs: int) -> tuple[str]:
     """The einsum pattern."""
+    if not 0 < inputs <= min(x.ndim, w.ndim):
+        raise ValueError(
+            f"dense: inputs={inputs} must be at least 1 and no more than the dims of x "
+            f"{list(x.shape)} and w {list(w.shape)}"
+        )
     batch = [f"i{n}" for n in range(x.ndim - inputs)]
     inner = [f"k{n}" for n in range(inputs)]
     outer = [f"o{n}" for n in range(w.ndim - inputs)]

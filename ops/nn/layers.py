@@ -14,6 +14,7 @@ from ...layouts.layout import LayoutLike, make
 from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor
 from .. import random
+from ..given import check_sharded
 from ..normalize import layer_norm as _layer_norm
 from ..normalize import rms_norm as _rms_norm
 from ..random import Key
@@ -27,6 +28,9 @@ def embedding(ids: Any, table: ShardedTensor, *, out: LayoutLike | None = None) 
             they are the small side.
         table: [vocab, embed]; both dims may be cut.
         out: layout of the result.
+
+    Raises:
+        IndexError: an id outside the vocabulary, where torch looks.
 
     Returns:
         [..., embed]: unreduced over the axes that cut the vocabulary, unless `out` says more.
@@ -42,11 +46,17 @@ def embedding(ids: Any, table: ShardedTensor, *, out: LayoutLike | None = None) 
     tensor([[6., 7.],
             [0., 1.]])
     """
+    check_sharded("embedding", table=table)
     if isinstance(ids, ShardedTensor):
         whole = frozenset(table.layout.dims[0])
         kept = make(tuple(tuple(a for a in axes if a not in whole) for axes in ids.layout.dims))
         ids = reshard_one(ids, kept)
-    found = F.embedding(ids, table)  # pyright: ignore
+    try:
+        found = F.embedding(ids, table)  # pyright: ignore
+    except (IndexError, RuntimeError) as error:
+        if "index out of range" not in str(error) and "an index lies outside" not in str(error):
+            raise
+        raise IndexError(f"embedding: an id lies outside 0..{table.shape[0] - 1}") from None
     return found if out is None else reshard_one(found, out)  # pyright: ignore
 
 
@@ -70,6 +80,7 @@ def rms_norm(
     >>> sw.nn.rms_norm(x, scale)
     f32[2/row 4/col] local[1 2] on mesh(row=2, col=2)
     """
+    check_sharded("rms_norm", x=x)
     return _rms_norm(x, (x.shape[-1],), scale, eps)
 
 
@@ -95,6 +106,7 @@ def layer_norm(
     >>> sw.nn.layer_norm(x).full_tensor()
     tensor([[-1.0000,  1.0000]])
     """
+    check_sharded("layer_norm", x=x)
     return _layer_norm(x, (x.shape[-1],), scale, bias, eps)
 
 
@@ -111,6 +123,7 @@ def dropout(x: ShardedTensor, rate: float, key: Key | None) -> ShardedTensor:
     >>> sw.nn.dropout(x, 0.5, sw.random.key(0)).full_tensor().unique()
     tensor([0., 2.])
     """
+    check_sharded("dropout", x=x)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate must be in [0, 1), got {rate}")
     if rate == 0 or key is None:

@@ -9,6 +9,7 @@ import torch
 from ...layouts.layout import make
 from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor
+from ..given import check_sharded
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -51,6 +52,7 @@ def cross_entropy(
     >>> sw.nn.cross_entropy(logits, labels, classes=5, label_smoothing=0.1).full_tensor()
     tensor(1.6094)
     """
+    check_labels("cross_entropy", logits, labels)
     width = logits.shape[-1]
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -94,8 +96,21 @@ def log_prob(logits: ShardedTensor, labels: ShardedTensor) -> ShardedTensor:
     >>> sw.nn.log_prob(logits, sw.shard(torch.arange(3), mesh)).full_tensor()
     tensor([-1.3863, -1.3863, -1.3863])
     """
+    check_labels("log_prob", logits, labels)
     picked: Any = _picked(logits, _beside(labels, logits))
     return picked - torch.logsumexp(logits, -1)  # pyright: ignore
+
+
+def check_labels(function: str, logits: Any, labels: Any) -> None:
+    """Raise unless labels are integers, one for each row of the logits, both on a mesh."""
+    check_sharded(function, logits=logits, labels=labels)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{function}: labels must hold integers, got {labels.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{function}: labels {list(labels.shape)} must be {list(logits.shape[:-1])}, one for "
+            f"each row of the logits {list(logits.shape)}"
+        )
 
 
 def _picked(logits: ShardedTensor, labels: Any) -> Any:

@@ -13,6 +13,7 @@ global index only: the same on every mesh and under every strategy.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +83,26 @@ class Param:
     init: Init = _FAN_IN
     dtype: torch.dtype | None = None
     stacked: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ahead, arrow, behind = self.dims.partition("->")
+        words = [*ahead.split(), *behind.split()]
+        bad = next((w for w in words if not re.fullmatch(r"[A-Za-z_]\w*|[1-9]\d*", w)), None)
+        why = (
+            "has no dims; a single number is Param('1')"
+            if not words
+            else f"cannot read {bad!r}; write names or sizes, 'in -> out' or 'a b'"
+            if bad is not None
+            else "has nothing before its arrow"
+            if arrow and not ahead.strip()
+            else ""
+        )
+        named = [w for w in words if not w.isdigit()]
+        twice = next((w for w in named if named.count(w) > 1), None)
+        if not why and twice is not None:
+            why = f"has {twice!r} twice; dims need names of their own"
+        if why:
+            raise ValueError(f"Param({self.dims!r}) {why}")
 
     @property
     def names(self) -> tuple[str, ...]:

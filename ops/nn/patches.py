@@ -8,6 +8,7 @@ from typing import Any
 from ...layouts.layout import LayoutLike
 from ...layouts.sharded import ShardedTensor
 from ..einops import rearrange
+from ..given import check_sharded
 from .dense import dense
 
 
@@ -45,6 +46,11 @@ def patch_embedding(
     >>> sw.nn.patch_embedding(images, w, patch=4)
     f32[2/data 6 6/tensor] local[1 6 3] on mesh(data=2, tensor=2)
     """
+    check_sharded("patch_embedding", images=images, w=w)
+    if images.ndim != 4:
+        raise ValueError(
+            f"patch_embedding takes [batch channel height width], got {list(images.shape)}"
+        )
     _, channel, height, width = images.shape
     if patch < 1 or height % patch or width % patch:
         raise ValueError(f"patch_embedding: patches of {patch} do not divide {height} x {width}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...layouts.sharded import ShardedTensor
 from ...meshlib.errors import nearest
+from ..given import check_sharded
 
 Scaling = Mapping[str, Any]
 
@@ -63,6 +64,10 @@ def rope(
     >>> y.full_tensor()[0, :, 0, 0]
     tensor([ 1.0000, -0.3012, -1.3254])
     """
+    check_sharded("rope", x=x)
+    if x.ndim != 4:
+        raise ValueError(f"rope takes [batch seq heads head_dim], got {list(x.shape)}")
+    _check_positions(positions, x)
     turned = x.shape[-1] if dims is None else dims
     if turned % 2 or not 0 < turned <= x.shape[-1]:
         raise ValueError(f"rope: {turned} of {x.shape[-1]} entries cannot turn in pairs")
@@ -82,6 +87,18 @@ def rope(
     pair = (first * cos - second * sin, second * cos + first * sin)
     done = t.stack(pair, -1).flatten(-2) if interleaved else t.cat(pair, -1)
     return done if rest is None or not rest.shape[-1] else t.cat((done, rest), -1)
+
+
+def _check_positions(positions: Any, x: ShardedTensor) -> None:
+    if not isinstance(positions, Tensor | ShardedTensor):
+        raise TypeError(f"rope: positions must be a tensor, got {type(positions).__name__}")
+    batch, seq = x.shape[:2]
+    ahead = positions.shape[:-1] in ((), (1,), (batch,))
+    if not ahead or positions.ndim == 0 or positions.shape[-1] not in (1, seq):
+        raise ValueError(
+            f"rope: positions {list(positions.shape)} must be [{seq}] or [{batch}, {seq}], "
+            f"as x [batch seq heads head_dim] {list(x.shape)}"
+        )
 
 
 def frequencies(

@@ -44,6 +44,11 @@ def is_nested() -> bool:
     return _DEPTH.get() > 0
 
 
+def depth() -> int:
+    """How many gradient transforms are open around this call."""
+    return _DEPTH.get()
+
+
 @contextmanager
 def mapped_over(axes: Sequence[str]) -> Iterator[None]:
     """Inside, these axes belong to the mapped dim of a vmap."""

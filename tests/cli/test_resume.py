@@ -15,7 +15,9 @@ import runs
 
 from shardwise import checkpoint
 from shardwise.cli import state, text
+from shardwise.cli.config import ConfigError
 from shardwise.cli.main import main
+from shardwise.cli.settings import compare
 from shardwise.cli.stop import Stop, any_of
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -156,6 +158,15 @@ def test_what_does_not_matter_is_noted(stopped: Path, tmp_path: Path) -> None:
     assert sorted(lines) == [
         "memory.optimizer", "optimizer.clip_norm", "optimizer.lr", "run.steps", "zero.stage",
     ]  # fmt: skip
+
+
+def test_a_key_of_another_version_is_noted_and_not_refused() -> None:
+    known = {"model.embed": 8, "run.steps": 3, "run.log_every": 1}
+    newer = known | {"model.window": 4, "run.log_every": 2}
+    assert compare(known, newer, "here") == ["  model.window: not set when it was saved, now 4"]
+    assert compare(newer, known, "here") == ["  model.window: 4 when it was saved, now not set"]
+    with pytest.raises(ConfigError, match="here holds another run"):
+        compare(known, newer | {"model.embed": 16}, "here")
 
 
 def test_a_state_of_another_form_is_refused_with_what_changed(

@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,43 @@ def test_damaged_and_hostile_folders_are_refused(
     damage(small)
     with pytest.raises(ValueError, match=match):
         load(small)
+
+
+def test_what_is_no_floating_number_is_refused(small: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype = torch\.int32"):
+        models.load(small, sw.make_mesh({"data": 1}), strategies.data(), dtype=torch.int32)
+    respelled(small, lambda held: {k: v.to(torch.int8) for k, v in held.items()})
+    with pytest.raises(ValueError, match=r"not floating  .* holds torch\.int8"):
+        load(small)
+
+
+def test_what_our_config_has_not_is_written_back(small: Path, tmp_path: Path) -> None:
+    _config(small, bos_token_id=7, task_specific_params={"a": [1]})
+    generation = {"eos_token_id": 5, "do_sample": True}
+    (small / "generation_config.json").write_text(json.dumps(generation))
+    before = json.loads((small / "config.json").read_text())
+    model, params = load(small)
+    models.save(tmp_path / "same", model, params)
+    after = json.loads((tmp_path / "same" / "config.json").read_text())
+    gone = {k: v for k, v in before.items() if after.get(k) != v}
+    assert not gone.keys() - {"architectures", "dtype"}
+    assert json.loads((tmp_path / "same" / "generation_config.json").read_text()) == generation
+
+    changed = replace(model, config=replace(model.config, eps=1e-3))
+    models.save(tmp_path / "changed", changed, params)
+    after = json.loads((tmp_path / "changed" / "config.json").read_text())
+    assert after["layer_norm_epsilon"] == 1e-3
+    assert after["bos_token_id"] == 7
+    assert load(tmp_path / "changed")[0].config == changed.config
+
+
+def test_heads_that_are_not_read_are_named(tmp_path: Path, folders: Find) -> None:
+    path = Path(shutil.copytree(folders("bert")[1], tmp_path / "bert"))
+    respelled(path, lambda held: {**held, "classifier.weight": torch.zeros(2, 16)})
+    _config(path, architectures=["BertForSequenceClassification"])
+    words = "names BertForSequenceClassification; heads that are read .*BertForMaskedLM"
+    with pytest.raises(ValueError, match=words):
+        load(path)
 
 
 def test_missing_files(tmp_path: Path, small: Path) -> None:

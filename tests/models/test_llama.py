@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -214,6 +215,22 @@ def test_both_spellings_of_rotary_positions_are_read() -> None:
     assert first.theta == second.theta == 500.0
     assert first.scaling == {"type": "linear", "factor": 2.0}
     assert second.scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_the_older_key_of_rotary_positions_wins_as_in_transformers() -> None:
+    import transformers
+
+    both: dict[str, Any] = {
+        **SIZES,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
+    theirs = transformers.LlamaConfig(**copy.deepcopy(both)).rope_parameters
+    assert theirs["rope_type"] == "linear"
+    assert config_from(both).scaling == {"rope_type": "linear", "factor": 2.0}
+    both["rope_scaling"] = {"rope_type": "longrope", "factor": 2.0}
+    with pytest.raises(ValueError, match="longrope"):
+        config_from(both)
 
 
 REFUSED = {

@@ -110,9 +110,7 @@ def test_2d_and_2p5d(q: int, d: int, b: int, seq: int, h: int, heads: int, metho
 )
 def test_3d(q: int, b: int, seq: int, h: int, heads: int) -> None:
     each = (q - 1) * (16 * b * seq * h + 12 * h * h) // q**3
-    plan = planned(
-        strategies.tensor_3d(), {"i": q, "j": q, "k": q}, b=b, seq=seq, h=h, heads=heads
-    )
+    plan = planned(strategies.tensor_3d(), {"i": q, "j": q, "k": q}, b=b, seq=seq, h=h, heads=heads)
     assert forward_backward(plan) == (each, each)
 
 
@@ -167,7 +165,14 @@ def test_gpt3_layer_on_64_devices(b: int, expected: dict[str, int | None]) -> No
     moved = {}
     for name, (strategy, axes) in ON_64.items():
         if b == 1:  # the layers' rows cut the batch: 64 sequences of 1/64 of the length are alike
-            plan = planned(strategy, axes, b=64, seq=GPT3["seq"] // 64, h=12288, heads=96 if name != "1d" else 64)  # noqa: E501
+            plan = planned(
+                strategy,
+                axes,
+                b=64,
+                seq=GPT3["seq"] // 64,
+                h=12288,
+                heads=96 if name != "1d" else 64,
+            )  # noqa: E501
         else:
             plan = planned(strategy, axes, b=b, seq=2048, h=12288, heads=96 if name != "1d" else 64)
         moved[name] = plan.elements(phase="forward")

@@ -343,3 +343,42 @@ def test_what_does_not_qualify_runs_direct() -> None:
         assert torch.equal(z.full_tensor(), counts.full_tensor() @ counts.full_tensor().T)
     with pytest.raises(ValueError, match="einsum: unknown method 'summa'"):
         ops.einsum("m k, k n -> m n", x, y, method="summa")  # pyright: ignore
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
+def test_half_precision_is_rounded_once_however_many_panels(reduce_dtype) -> None:
+    on = mesh(row=8, col=8)
+    a, b = (values(*shape, seed=i).bfloat16() for i, shape in enumerate([(64, 512), (512, 64)]))
+    x, w = sw.shard(a, on, "m/row k/col"), sw.shard(b, on, "k/row n/col")
+    want = a.double() @ b.double()
+    errors = {}
+    for method in ("direct", *METHODS):
+        options: dict[str, Any] = {"method": method, "reduce_dtype": reduce_dtype}
+        y = ops.einsum("m k, k n -> m n", x, w, out="m/row n/col", **options)
+        errors[method] = (y.full_tensor().double() - want).abs().mean()
+    for method in METHODS:
+        assert errors[method] < 1.2 * errors["direct"], errors
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["square", "square, transposed", "features scattered"])
+def test_cheap_recomputation_keeps_the_product(name: str, method: str) -> None:
+    axes, x_at, w_at, out = CASES[name]
+    on = mesh(**axes)
+    x, w = placed(A, on, x_at), placed(B, on, w_at)
+    f = product(out, method)
+
+    def loss(x: Any, w: Any) -> Any:
+        return (torch.tanh(f(torch.sin(x), w)) ** 2).sum()
+
+    want = sw.grad(loss, (0, 1))(x, w)
+    wrapped = sw.remat(loss, recompute="cheap")
+    for wrap in (wrapped, sw.remat(wrapped), sw.remat(wrapped, recompute="cheap")):
+        with sw.record() as plan:
+            got = sw.grad(wrap, (0, 1))(x, w)
+        for one, other in zip(got, want, strict=True):
+            assert one._type is other._type
+            assert torch.equal(one.full_tensor(), other.full_tensor())
+        if wrap is wrapped:
+            kinds = {c.kind for c in plan.collectives if c.phase == "recompute"}
+            assert not kinds & {"permute", "broadcast", "reduce"}

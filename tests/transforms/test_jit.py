@@ -115,7 +115,7 @@ def test_numbers_and_static_arguments_are_part_of_the_program() -> None:
     x = sw.shard(torch.ones(3), mesh)
     jitted = sw.jit(
         lambda x, n, how: x * n if how == "times" else x + n, static_argnums=2, options=EAGER
-    )  # noqa: E501
+    )
     assert jitted(x, 2, "times").full_tensor().tolist() == [2.0] * 3
     assert jitted(x, 3, "times").full_tensor().tolist() == [3.0] * 3
     assert jitted(x, 3, "plus").full_tensor().tolist() == [4.0] * 3
@@ -150,7 +150,7 @@ def test_the_gradient_of_a_label_is_no_scatter() -> None:
     plain = passes.captured(
         lambda x, i: [torch.zeros_like(x).scatter_add(-1, i, x[:, :1])],
         [torch.rand(3, 4), torch.tensor([[1], [0], [3]])],
-    )  # noqa: E501
+    )
     assert "scatter_add" in str(passes.printed(plain))  # zeros_like is not new_zeros: left alone
 
 

@@ -88,7 +88,8 @@ def _matters(key: str, saved: Settings, now: Settings) -> bool:
     table, _, name = key.partition(".")
     if table == "optimizer" and name.split(".")[0] in WHETHER:
         return bool(saved.get(key)) != bool(now.get(key))
-    return key.startswith(MATTERS)
+    # A key that only one side knows is one that another version has: the state itself will tell.
+    return key.startswith(MATTERS) and key in saved and key in now
 
 
 def _flat(table: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:

@@ -237,7 +237,7 @@ def test_causal_alone_stays_torch_s_fused_kernel():
     made = [values(B, S, n, K, seed=n) for n in (H, G, G)]
     on = mesh(a=1)
     _, plan = ran(lambda: nn.attention(*[sw.shard(v, on) for v in made], causal=True))
-    assert [o.name for o in plan.ops if o.flops] == ["scaled_dot_product_attention"]
+    assert [o.name for o in plan.ops if o.flops] == ["attention"]
     assert "where" not in {o.name for o in plan.ops}
 
 
@@ -248,7 +248,7 @@ def test_no_boolean_mask_reaches_the_kernel():
     xs = [sw.shard(v, on, "b/data s h d") for v in made]
     for options in ({"mask": ODD}, {"kv_positions": torch.arange(S) + 2, "causal": True}):
         y, plan = ran(lambda o=options: nn.attention(*xs, **o))
-        (kernel,) = [o for o in plan.ops if o.name == "scaled_dot_product_attention"]
+        (kernel,) = [o for o in plan.ops if o.name == "attention"]
         assert [x.split("[")[0] for x in kernel.inputs] == ["bf16"] * 4
     assert not y.full_tensor()[:, :2].any()
 
@@ -365,3 +365,56 @@ def test_bad_shapes_say_what_is_wrong():
         nn.attention(q, k, q)
     with pytest.raises(ValueError, match="heads must be at least 1"):
         nn.alibi(0, torch.arange(2), torch.arange(2))
+
+
+@pytest.mark.parametrize("seen", [{"causal": True}, {"mask": ODD}])
+def test_second_derivatives_and_forward_mode(seen):
+    made = values(B, S, H, K)
+    lower = LOWER if "causal" in seen else ODD
+    on = mesh(a=2)
+    q = sw.shard(made, on, "b s h/a d")
+
+    def loss(q):
+        return (nn.attention(q, q, q, **seen) ** 2).sum()
+
+    def plain(q):
+        return (truth(q, q, q, seen=lower) ** 2).sum()
+
+    def twice(f, grad):
+        return lambda q: (grad(f)(q) ** 2).sum()
+
+    def along(q):
+        return nn.attention(q, q, q, **seen)
+
+    _, tangent = sw.jvp(along, [q], [q])
+    close(tangent, torch.func.jvp(lambda q: truth(q, q, q, seen=lower), (made,), (made,))[1])
+    leaf = made.clone().requires_grad_()
+    close(sw.hvp(loss, q, q), torch.autograd.functional.hvp(plain, made, made)[1])
+
+    def grad(f):
+        return lambda q: torch.autograd.grad(f(q), q, create_graph=True)[0]
+
+    want = grad(twice(plain, grad))(leaf)
+    close(sw.grad(twice(loss, sw.grad))(q), want)
+    close(sw.grad(twice(sw.remat(loss), sw.grad))(q), want)
+
+
+def test_a_cut_sequence_is_a_choice_in_the_callers_words():
+    q = sw.shard(values(2, 8, 4, 4), mesh(t=4), "b s/t h e")
+    with pytest.raises(sw.LayoutError) as caught:
+        nn.attention(q, q, q, causal=True)
+    assert str(caught.value).startswith("attention at test_attention.py:")
+    assert "f64[2 8/t 4 4]" in str(caught.value)
+    first = caught.value.fixes[0].code
+    assert 'sw.reshard(q, "_ _ _/t _")' in first
+    names = {"sw": sw, "nn": nn, "q": q}
+    y = eval(first, names)
+    close(y, nn.attention(*[sw.reshard(q, "b s h/t e")] * 3, causal=True).full_tensor())
+
+
+def test_what_is_no_sharded_tensor_or_does_not_broadcast():
+    q = sw.shard(values(2, S, 4, 4), mesh(a=2))
+    with pytest.raises(TypeError, match=r"attention: k must be a ShardedTensor.*sw\.shard"):
+        nn.attention(q, values(2, S, 4, 4), q)
+    with pytest.raises(ValueError, match=r"attention: bias \[3, 3\] does not broadcast"):
+        nn.attention(q, q, q, bias=torch.zeros(3, 3))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 
 import shardwise as sw
 from shardwise import nn, strategies
+from shardwise.layouts.rows import ROLES, is_pattern
 
 
 @pytest.mark.parametrize(
@@ -80,11 +85,9 @@ def test_all_rows_that_do_not_fit_are_listed_by_path() -> None:
     declaration = {"x": {"w_up": nn.Param("embed -> ffn")}, "w_down": nn.Param("ffn -> embed")}
     with pytest.raises(sw.LayoutError) as error:
         strategies.tensor_1d().layouts(declaration, {"embed": 4, "ffn": 6}, mesh)
-    assert (
-        "x.w_up: rest row of w_up: dim 'ffn' of size 6 is not divisible by 4 ('tensor'); pad it: pad.ffn = 4"
-        in str(error.value)
-    )
-    assert "w_down: rest row of w_down: dim 'ffn' of size 6" in str(error.value)
+    text = "of size 6 is not divisible by 4 ('tensor'); pad it: pad.ffn = 4"
+    assert f"x.w_up: rest row of w_up: dim 'ffn' {text}" in str(error.value)
+    assert f"w_down: rest row of w_down: dim 'ffn' {text}" in str(error.value)
 
 
 MISTAKES = {
@@ -93,6 +96,12 @@ MISTAKES = {
     "did you mean 'layer'": lambda: strategies.data().option("layers"),
     "put axis 'x' on two dims": lambda: strategies.fsdp("x") * strategies.tensor_1d("x"),
     "is no dim": lambda: sw.Strategy({"w": "a//b"}),
+    "kv = 'x'.*known: 'cut', 'replicate'": lambda: strategies.tensor_1d(kv="x"),  # pyright: ignore
+    "data: '' is no name": lambda: strategies.data(""),
+    "data: 'a/b' is no name": lambda: strategies.data("a/b"),
+    "data: 3 is no name": lambda: strategies.data(3),  # pyright: ignore
+    "tensor_3d: axes 'i', 'j', 'i' must differ": lambda: strategies.tensor_3d(k="i"),
+    "precision: compute = torch.int8": lambda: sw.Precision(compute=torch.int8),
     "matches two patterns": lambda: strategies.rows({"*_a": "x", "w_*": "y"}).rest_row("w_a"),
 }
 
@@ -111,10 +120,104 @@ def test_toml_round_trip_and_table() -> None:
     )
     assert strategies.from_toml(s.to_toml()) == s
     mesh = sw.make_mesh({"data": 2, "tensor": 2})
-    s = strategies.fsdp() * strategies.tensor_1d()
+    s = (strategies.fsdp() * strategies.tensor_1d()).replace(precision=s.precision)
     shown = str(s.table({"w_up": nn.Param("embed -> ffn")}, {"embed": 8, "ffn": 8}, mesh))
     assert "w_up       [8/data 8/tensor]  embed ffn/tensor {R:data}  32" in shown
     assert "embed ffn/tensor {R:data}" in str(s)
+
+
+MISTYPED: dict[str, Any] = {
+    "unsupported operand": lambda: strategies.data() * 3,  # pyright: ignore
+    "matmul.* = 3; expected strings": lambda: strategies.data().replace(matmul=3),  # pyright: ignore
+    "rest = 3; expected a table": lambda: strategies.data().replace(rest=3),  # pyright: ignore
+    "precision = 'bf16'": lambda: strategies.data().replace(precision="bf16"),  # pyright: ignore
+}
+
+
+@pytest.mark.parametrize("words", MISTYPED)
+def test_values_of_a_wrong_type_are_named(words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        MISTYPED[words]()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[precision]\ncompute = "bf16"', "compute = 'bf16'.*'bfloat16'"),
+        ('[precision]\ncompute = "nn"', "compute = 'nn'"),
+        ('[precision]\ncompute = "int8"', "compute = 'int8'"),
+        ("[precision]\ncompute = 3", "compute = 3"),
+        ('[precision]\ncomputes = "float32"', "unknown key 'computes'; did you mean 'compute'"),
+        ("[strategy]\nsave = 1", "'save' = 1; expected strings"),
+        ("[strategy]\nrest = 3", "rest = 3; expected a table"),
+        ("[strategy.rest]\nw = 3", "'w' = 3; expected strings"),
+        ("strategy = 3", r"expected the table \[strategy\]"),
+        ("[strategy]\nequal = 3", "equal = 3"),
+        ('[strategy]\nequal = [["a"]]', "groups of 2 or 3"),
+        ("[strategies]", "unknown table 'strategies'; did you mean 'strategy'"),
+    ],
+)
+def test_a_file_with_mistakes_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        strategies.from_toml(text)
+
+
+def test_a_strategy_can_be_copied_sent_and_hashed() -> None:
+    s = strategies.fsdp() * strategies.tensor_2d()
+    for other in (copy.deepcopy(s), pickle.loads(pickle.dumps(s))):
+        assert other == s
+        assert hash(other) == hash(s)
+    assert len({s, copy.copy(s), strategies.data()}) == 2
+    with pytest.raises(TypeError, match="item assignment"):
+        s.rest["w_up"] = "..."  # pyright: ignore
+
+
+UP = {"w_up": nn.Param("embed -> ffn"), "attn_norm": nn.Param("embed")}
+SIZES = {"embed": 8, "ffn": 8, "heads": 2}
+
+
+@pytest.mark.parametrize("table", ["rest", "compute"])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("embd ffn/tensor", "says 'embd' where the parameter has 'embed'; did you mean 'embed'"),
+        ("ffn/tensor embed", r"says 'ffn' where the parameter has 'embed' \(embed ffn\)"),
+        ("... embed/tensor", "says 'embed' where the parameter has 'ffn'"),
+    ],
+)
+def test_rows_that_name_other_dims_are_refused(table: Any, row: str, words: str) -> None:
+    changes: Any = {table: {"w_up": row}}
+    s = strategies.tensor_1d().replace(**changes)
+    with pytest.raises(sw.LayoutError, match=f"w_up: {table} row of w_up: '{row}' {words}"):
+        s.layouts(UP, SIZES, sw.make_mesh({"tensor": 2}))
+
+
+@pytest.mark.parametrize("row", ["_ ffn/tensor", "... ffn/tensor", "embed/tensor ...", "8 8"])
+def test_free_names_are_free(row: str) -> None:
+    s = strategies.tensor_1d().replace(rest={"w_up": row})
+    s.layouts(UP, SIZES, sw.make_mesh({"tensor": 2}))
+
+
+def test_a_role_that_nothing_has_is_told() -> None:
+    mesh = sw.make_mesh({"tensor": 2})
+    s = strategies.tensor_1d().replace(rest={"w_upp": "embed/tensor ffn"})
+    with pytest.warns(UserWarning, match="rest row of 'w_upp'.*did you mean 'w_up'"):
+        s.layouts(UP, SIZES, mesh)
+    for preset in (*PRESETS.values(), strategies.sequence_parallel(kv="replicate")):
+        assert not {r for r in preset.rest if not is_pattern(r)} - ROLES
+
+
+def test_whole_keys_are_offered_where_their_heads_do_not_divide() -> None:
+    mesh = sw.make_mesh({"tensor": 4})
+    declared = {"w_k": nn.Param("embed -> kv_heads head_dim")}
+    sizes = {"embed": 4, "heads": 6, "kv_heads": 1, "head_dim": 4}
+    s = strategies.tensor_1d()
+    words = """dim 'kv_heads' of size 1 .*kv="replicate".*pad.kv_heads = 4"""
+    with pytest.raises(sw.LayoutError, match=words):
+        s.layouts(declared, sizes, mesh)
+    with pytest.raises(sw.LayoutError, match=words) as caught:
+        s.check(sizes, mesh)
+    assert "pad.kv_heads = 4, which pads heads along" in str(caught.value)
 
 
 PRESETS = {
