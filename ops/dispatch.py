@@ -204,6 +204,8 @@ class Op:
     ) -> Prepared:
         """Plan a call whose types were not seen before."""
         tensors = [x for x in operands if isinstance(x, ShardedTensor)]
+        if not tensors:
+            raise TypeError(f"{self.name}: {_NO_MESH}")
         kinds = [x._type for x in tensors]
         mesh = kinds[0].mesh
         for number, kind in enumerate(kinds):
@@ -358,8 +360,13 @@ def typed(operands: Sequence[Any]) -> Sequence[Any]:
     """Operands with plain tensors as constants on the others' mesh."""
     if not any(isinstance(x, Tensor) for x in operands):
         return operands
-    like = next(x for x in operands if isinstance(x, ShardedTensor))
+    like = next((x for x in operands if isinstance(x, ShardedTensor)), None)
+    if like is None:
+        raise TypeError(_NO_MESH)
     return [constant(x, like) if isinstance(x, Tensor) else x for x in operands]
+
+
+_NO_MESH = "no operand is a ShardedTensor: place one with sw.shard(x, mesh, layout)"
 
 
 def _among_tensors(positions: frozenset[int], operands: Sequence[Any]) -> frozenset[int]:

@@ -60,6 +60,7 @@ def test_show_draws_mesh_strategy_and_layouts(
 ) -> None:
     assert "mesh(data=2, depth=1, tensor=2)" in run(capsys, "show", FILE, "mesh")
     assert "heads 4/tensor" in run(capsys, "show", FILE, "strategy")
+    assert "heads 4/tensor" in run(capsys, "show", FILE)
     assert "f32[8/x 4/y]{U:z}" in run(capsys, "show", "8/x 4/y {U:z}")
     assert "on mesh(tensor=4)" in run(capsys, "show", "8 512/tensor tensor=4")
     for name in ("who.svg", "who.png", "who.txt"):
@@ -73,6 +74,8 @@ def test_show_draws_mesh_strategy_and_layouts(
         (["show", "batch/data"], "write sizes in the place of names"),
         (["show", "6/x x=4"], "not divisible"),
         (["show", "8/x", "--save", "who.bmp"], "bmp"),
+        (["show", "nowhere.toml"], "No such file"),
+        (["plan", FILE, "--set", "model.vocab=100"], "model.vocab = 100: data.tokenizer 'bytes'"),
         (["plan", FILE, "--set", "mesh.tensor=3"], "dim 'heads' of size 4"),
     ],
 )

@@ -172,7 +172,7 @@ def test_gpt3_layer_on_64_devices(b: int, expected: dict[str, int | None]) -> No
                 seq=GPT3["seq"] // 64,
                 h=12288,
                 heads=96 if name != "1d" else 64,
-            )  # noqa: E501
+            )
         else:
             plan = planned(strategy, axes, b=b, seq=2048, h=12288, heads=96 if name != "1d" else 64)
         moved[name] = plan.elements(phase="forward")

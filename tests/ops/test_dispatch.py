@@ -132,3 +132,15 @@ def test_a_plain_input_of_a_norm_is_a_constant() -> None:
     g = placed((6,), "n", x=2)
     y = F.layer_norm(torch.ones(4, 6), (6,), g)
     assert y.full_tensor().abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sw.ops.add(torch.ones(2), torch.ones(2)),  # pyright: ignore
+        lambda: sw.ops.add(1, 2),  # pyright: ignore
+    ],
+)
+def test_operands_without_a_mesh_are_refused(call: Any) -> None:
+    with pytest.raises(TypeError, match="no operand is a ShardedTensor"):
+        call()

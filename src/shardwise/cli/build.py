@@ -146,6 +146,10 @@ def build_model(
     assert table.family is not None
     family = FAMILIES[table.family]
     fields = {"vocab": text.VOCAB, "position": seq, "pad": table.pad, **table.fields}
+    if fields["vocab"] < text.VOCAB:
+        raise ValueError(
+            f"model.vocab = {fields['vocab']}: data.tokenizer 'bytes' has {text.VOCAB} tokens"
+        )
     if table.preset is None:
         return family.make(family.config(**fields), strategy), None
     if table.preset not in family.sizes:

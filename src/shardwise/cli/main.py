@@ -113,8 +113,8 @@ def _plan(given: argparse.Namespace) -> None:
 def _show(given: argparse.Namespace) -> None:
     from .look import drawn, shown
 
-    if given.view:
-        picture = shown(_config(given.file, given.overrides), given.view)
+    if given.view or given.file.endswith(".toml"):
+        picture = shown(_config(given.file, given.overrides), given.view or "strategy")
     else:
         picture = drawn(given.file)
     if given.save:
