@@ -51,10 +51,11 @@ OPTIONS: dict[str, tuple[str, ...] | None] = {  # name -> known values; None: a 
     "order": ("contiguous",),
     "tied": ("once", "per_use"),
     "recompute": ("none", "cheap", "all"),
+    "saved": ("device", "host"),
 }
 DEFAULTS = {
     "layer": "", "save": "gathered", "matmul": "direct", "attention": "local",
-    "order": "contiguous", "tied": "per_use", "recompute": "none",
+    "order": "contiguous", "tied": "per_use", "recompute": "none", "saved": "device",
 }  # fmt: skip
 _TABLES = ("rest", "compute", "activations", "options")
 _NONE: Table = Frozen()

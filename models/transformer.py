@@ -171,7 +171,9 @@ def run_blocks(
         own = random.fold_in(place.key, number) if place.key is not None else None
         return (block(s.use(p), x, place._replace(key=own)), number + 1), None
 
-    (x, _), _ = scan(layer, (x, 0), stacked, recompute=s.option("recompute"))  # pyright: ignore
+    recompute: Any = s.option("recompute")
+    offload = s.option("saved") == "host"
+    (x, _), _ = scan(layer, (x, 0), stacked, recompute=recompute, offload=offload)
     return x
 
 

@@ -27,7 +27,12 @@ from .shapes import drift
 
 
 def scan(
-    f: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, recompute: Recompute = "none"
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    *,
+    recompute: Recompute = "none",
+    offload: bool = False,
 ) -> tuple[Any, Any]:
     """A loop over dim 0 of the leaves of `xs`: `carry, y = f(carry, x)`, layer after layer.
 
@@ -37,6 +42,7 @@ def scan(
         carry: what goes from one iteration to the next, a tree.
         xs: a tree of tensors with equal sizes of dim 0, which no axis may cut.
         recompute: what `remat` does with each iteration.
+        offload: what an iteration keeps for its backward lies on the host meanwhile.
 
     Returns:
         (last carry, all y stacked on a new dim 0). A y of None stays None.
@@ -58,7 +64,7 @@ def scan(
     paths = [path for path, _ in items(xs)]
     length = _length(values, paths)
     slices = [_unbound(x, path, length) for x, path in zip(values, paths, strict=True)]
-    body = remat(f, recompute=recompute)
+    body = remat(f, recompute=recompute, offload=offload)
     made: list[Any] = []
     shape: Any = None
     for number in range(length):

@@ -239,6 +239,12 @@ def test_stages_and_memories_change_nothing_but_where_things_lie(tmp_path: Path)
     for memory in ("host", "disk"):
         option = f"memory.optimizer={memory}"
         assert runs.run(file, "run.steps=4", option)[0].losses == plain, memory
+    for option in ("memory.parameters=host", "memory.activations=host"):
+        losses, shown = runs.run(file, "run.steps=4", option)
+        assert losses.losses == pytest.approx(plain, abs=1e-5), option
+    everything = ("memory.parameters=host", "memory.activations=host", "memory.optimizer=host")
+    losses = runs.run(file, "run.steps=4", *everything, "zero.stage=3")[0].losses
+    assert losses == pytest.approx(plain, abs=1e-5)
     both = runs.run(file, "run.steps=4", "zero.stage=2", "memory.optimizer=host")[0].losses
     assert both == pytest.approx(plain, abs=1e-5)
 

@@ -84,13 +84,17 @@ def build_strategy(config: Config) -> Strategy:
     dtypes = Precision(
         *(getattr(torch, getattr(precision, name)) for name in ("param", "compute", "reduce"))
     )
-    return found.replace(
+    made = found.replace(
         rest=table.rest,
         compute=table.compute,
         activations=table.activations,
         precision=dtypes,
         **table.options,
+        saved=config.memory.activations,
     )
+    if config.memory.parameters == "host":
+        return made.replace(rest={role: f"{row} @host" for role, row in made.rest.items()})
+    return made
 
 
 def _cut_parameters(presets: Sequence[Preset], axes: Sequence[str]) -> list[Preset]:

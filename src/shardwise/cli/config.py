@@ -284,9 +284,15 @@ class ZeroTable:
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """[memory]: where the optimizer's state and the parameters rest."""
+    """[memory]: where things lie while nothing reads them.
+
+    `optimizer` is its state; `parameters` come to the device layer by layer, and their optimizer
+    runs on the host; `activations` are what a layer saves for its backward.
+    """
 
     optimizer: Literal["device", "host", "disk"] = "device"
+    parameters: Literal["device", "host"] = "device"
+    activations: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True)
@@ -322,8 +328,6 @@ LATER = frozenset(
         "hardware",
         "strategy.layer",
         "precision.fp8",
-        "memory.parameters",
-        "memory.activations",
         "memory.budget",
     }
 )
