@@ -154,10 +154,12 @@ def _added(total: Any, new: Any, share: Any, dtype: torch.dtype) -> Any:
         wide = torch.promote_types(dtype, x.dtype)
         if isinstance(x, Tensor):
             factor = share._shards[0] if isinstance(share, ShardedTensor) else share
-            return x.to(wide) * factor
+            return _times(x.to(wide), factor)
         factors = share._shards if isinstance(share, ShardedTensor) else [share] * len(x._shards)
         # On the shards: a scale is linear, so the gradient's state stays as it is, unreduced too.
-        shards = tuple((s.to(wide) * r).to(wide) for s, r in zip(x._shards, factors, strict=True))
+        shards = tuple(
+            _times(s.to(wide), r).to(wide) for s, r in zip(x._shards, factors, strict=True)
+        )
         kind = make_type(x.mesh, x.layout, x.shape, wide, x._type.grad)
         return carrying_path(ShardedTensor(shards, kind), x)
 
@@ -180,3 +182,12 @@ def _added(total: Any, new: Any, share: Any, dtype: torch.dtype) -> Any:
 
     mine = optree.tree_map(scaled, new, none_is_leaf=True)
     return mine if total is None else optree.tree_map(add, total, mine, none_is_leaf=True)
+
+
+def _times(x: Tensor, share: Any) -> Tensor:
+    """`share * x`; a loss that does not count is 0 even where it is 0/0, a mean of nothing."""
+    if x.ndim:
+        return x * share
+    if isinstance(share, Tensor):
+        return torch.where(share == 0, 0.0, x * share)
+    return x * share if share else torch.zeros_like(x)

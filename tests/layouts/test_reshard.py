@@ -273,3 +273,9 @@ def test_routes_of_a_type_serve_all_its_tensors(follow_it):
     route = find_route(x._type, sw.Layout("_/b/a _"))
     y = follow(x, route) if follow_it else sw.reshard(x, "_/b/a _")
     close(y, values(6, 6))
+
+
+def test_the_whole_of_a_replicated_float8_tensor() -> None:
+    x = torch.arange(4.0).to(torch.float8_e4m3fn)
+    whole = sw.shard(x, sw.make_mesh({"data": 2})).full_tensor()
+    assert torch.equal(whole.view(torch.uint8), x.view(torch.uint8))

@@ -1,5 +1,7 @@
 """accumulate: micro-batches add up to the whole batch, and nothing more moves than is asked."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -156,3 +158,24 @@ def test_it_plans_on_an_abstract_mesh():
     made = sw.plan(sw.accumulate(sw.value_and_grad(loss, grads="... {U:data}"), 4), params, batch)
     assert made.count(phase="backward") == 0
     assert str(made.result[1]["w"]) == "f32[8 8]{U:data}"
+
+
+def test_a_micro_batch_without_a_label_counts_nothing() -> None:
+    """Its mean is 0/0; its weight is 0, and so is what it adds to the loss."""
+    mesh = sw.make_mesh({"data": 1})
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 4, generator=rng, dtype=torch.float64)
+    w = torch.randn(4, 6, generator=rng, dtype=torch.float64)
+    batch = sw.shard({"x": x, "y": torch.tensor([1, 2, -100, -100])}, mesh)
+    params = {"w": sw.shard(w, mesh)}
+
+    def loss(p: Any, b: Any) -> Any:
+        return torch.nn.functional.cross_entropy(b["x"] @ p["w"], b["y"])
+
+    whole = sw.value_and_grad(loss)(params, batch)
+    counted = sw.accumulate(sw.value_and_grad(loss), 2, weight=lambda b: (b["y"] != -100).sum())
+    value, grads = counted(params, batch)
+    assert abs(value.item() - whole[0].item()) < 1e-6
+    torch.testing.assert_close(
+        grads["w"].full_tensor(), whole[1]["w"].full_tensor(), check_dtype=False
+    )
