@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layouts.tree import Mask
 from .base import Schedule, Transform, counter
-from .factors import Factors, clipped, empty, factored, outer, root_mean_squares
+from .factors import Factors, at_least, clipped, empty, factored, outer, root_mean_squares
 from .flat import Active, here
 from .sums import per_entry, together
 
@@ -58,13 +58,13 @@ def scale_by_adafactor(
         new, means = factored(active.grads, old, weights, lambda g: g * g)
         moves = []
         for p, g, row, col, nu, mean in zip(active.params, active.grads, *new, means, strict=True):
-            least = torch.finfo(p.dtype).eps if eps is None else eps
+            least = torch.finfo(p.dtype).eps if eps is None else here({"e": eps}, p.device).e
             if row is None:
                 moves.append(together(lambda v, g, e=least: _over(v, g, e), g, nu, g))
                 continue
 
-            def move(r: Tensor, c: Tensor, m: Tensor, g: Tensor, e: float = least) -> Tensor:
-                return _over(outer(r, c, m.clamp(min=e)), g, e)
+            def move(r: Tensor, c: Tensor, m: Tensor, g: Tensor, e: Any = least) -> Tensor:
+                return _over(outer(r, c, at_least(m, e)), g, e)
 
             moves.append(together(move, g, row, col, mean, g))
         moves = clipped(moves, clip, active.takes(stacked))
@@ -79,8 +79,8 @@ def scale_by_adafactor(
     return Transform("scale_by_adafactor", init, update, "reduction")
 
 
-def _over(v: Tensor, g: Tensor, eps: float) -> Tensor:
-    return g.to(v.dtype) * v.clamp(min=eps * eps).rsqrt()
+def _over(v: Tensor, g: Tensor, eps: Any) -> Tensor:
+    return g.to(v.dtype) * at_least(v, eps * eps).rsqrt()
 
 
 def _least(a: Any, b: Any) -> Any:

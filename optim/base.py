@@ -24,7 +24,7 @@ from ..layouts.sharded import ShardedTensor
 from ..meshlib.errors import nearest
 from ..meshlib.mesh import Mesh
 from ..ops.transforms.donation import give_up
-from .flat import elementwise
+from .flat import check_sharded, elementwise
 
 Needs = Literal["elementwise", "reduction", "matrix"]
 Schedule = float | Callable[[Any], Any]
@@ -109,6 +109,8 @@ def chain(*transforms: Transform) -> Transform:
     'clip_by_global_norm, adamw'
     """
     names = [t.name for t in transforms]
+    if not names:
+        raise ValueError("chain: of no transforms")
     if len(set(names)) != len(names):
         raise ValueError(f"chain: two transforms have one name: {names}")
     *first, last = transforms
@@ -157,9 +159,10 @@ def home(params: Any) -> Mesh:
     It is the parameters' own mesh, or the one of theirs that holds all the others; for disjoint
     sub-meshes a flat one over all their devices.
     """
-    meshes = list(
-        dict.fromkeys(p.mesh for p in tree.leaves(params) if isinstance(p, ShardedTensor))
-    )
+    found = [(path, p) for path, p in tree.items(params) if p is not None]
+    for path, p in found:
+        check_sharded(p, path)
+    meshes = list(dict.fromkeys(p.mesh for _, p in found))
     if not meshes:
         raise ValueError(
             "the transform got no parameters: an empty tree, or a mask that takes none"
@@ -182,8 +185,16 @@ def counter(params: Any) -> ShardedTensor:
     return scalar(params, 0, torch.int64)
 
 
+def has_any(grads: Any) -> bool:
+    """Whether any gradient is there: a step on none of them leaves parameters and state alone."""
+    return any(g is not None for g in tree.leaves(grads))
+
+
 def zeros_like(params: Any, dtype: torch.dtype | None = None) -> Any:
     """A tree of zeros in the parameters' layouts."""
+    for path, p in tree.items(params):
+        if p is not None:
+            check_sharded(p, path)
     return tree.map(lambda p: torch.zeros_like(p, dtype=dtype), params)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..layouts import tree
 from ..layouts.sharded import ShardedTensor
-from .base import Schedule, Transform, scalar, stepless
+from .base import Schedule, Transform, has_any, scalar, stepless
 from .flat import elementwise
 from .many import Many
 from .sums import global_norm, wide
@@ -37,13 +38,18 @@ def clip_by_global_norm(limit: Schedule) -> Transform:
 
     def init(params: Any) -> dict[str, ShardedTensor]:
         dtypes = [wide(p.dtype) for p in tree.leaves(params) if isinstance(p, ShardedTensor)]
-        return {"norm": scalar(params, 0.0, max(dtypes, key=lambda d: d.itemsize))}
+        return {"norm": scalar(params, 0.0, max(dtypes, key=size, default=None))}
+
+    def size(dtype: torch.dtype) -> int:
+        return dtype.itemsize
 
     def shrink(s: Any, _: Any, g: Many) -> tuple[Many]:
         factor = s.limit / (s.norm + 1e-6)
         return (g * (factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(factor, 1.0)),)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        if not has_any(grads):
+            return grads, state
         norm = global_norm(grads).to(state["norm"].dtype)
         scalars = {"norm": norm, "limit": limit}
         return elementwise(shrink, [grads], grads, olds=[None], scalars=scalars)[0], {"norm": norm}

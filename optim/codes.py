@@ -38,14 +38,16 @@ def encode(x: Tensor, size: int, signed: bool) -> tuple[Tensor, Tensor]:
     Args:
         x: [..., n]; n may end inside a block.
         size: of a block.
-        signed: whether values may be negative.
+        signed: whether values may be negative. If not, no positive value gets the code of 0: they
+            are mean squares, whose root divides.
     """
     blocks = _blocks(x.to(torch.float32), size)
     scales = blocks.abs().amax(-1)
     unit = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     book = codebook(signed).to(x.device)
     middle = (book[:-1] + book[1:]) / 2
-    codes = torch.bucketize(unit, middle).to(torch.uint8)
+    codes = torch.bucketize(unit, middle)
+    codes = (codes if signed else torch.maximum(codes, (blocks > 0).to(codes.dtype))).to(torch.uint8)
     return codes.flatten(-2)[..., : x.shape[-1]].contiguous(), scales
 
 

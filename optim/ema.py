@@ -13,6 +13,7 @@ from ..layouts import tree
 from .base import Transform, apply_updates
 from .flat import elementwise
 from .many import Many
+from .sums import wide
 
 
 def ema(t: Transform, decay: float = 0.999, *, dtype: torch.dtype | None = None) -> Transform:
@@ -21,7 +22,8 @@ def ema(t: Transform, decay: float = 0.999, *, dtype: torch.dtype | None = None)
     Args:
         t: the transform.
         decay: how much of the mean is kept at each step; it starts at the first parameters.
-        dtype: of the mean; None is the parameter's. In bfloat16 a decay above 0.99 stands still.
+        dtype: of the mean; None is the parameter's, but at least float32: in bfloat16 a mean with
+            a decay above 0.99 stands still.
 
     State: ema, with the parameters' layouts; inner. Communication: that of `t`.
 
@@ -34,8 +36,8 @@ def ema(t: Transform, decay: float = 0.999, *, dtype: torch.dtype | None = None)
     """
 
     def init(params: Any) -> dict[str, Any]:
-        mean = tree.map(lambda p: p if dtype is None else p.to(dtype), params)
-        return {"ema": tree.map(lambda p: p * 1, mean), "inner": t.init(params)}
+        mean = tree.map(lambda p: p.to(wide(p.dtype) if dtype is None else dtype) * 1, params)
+        return {"ema": mean, "inner": t.init(params)}
 
     def blend(s: Any, _: Any, p: Many, mean: Many) -> tuple[Many]:
         return (mean.lerp_(p.to(mean.dtype), 1 - s.decay),)

@@ -12,6 +12,7 @@ from ..layouts import tree
 from ..layouts.layout import make
 from ..layouts.place import full
 from ..layouts.sharded import ShardedTensor
+from .flat import here
 from .sums import partial, per_entry, reduced_together, squares, together, wide
 
 
@@ -94,6 +95,11 @@ def _lerp(old: Tensor, new: Tensor, weight: Any) -> Tensor:
     return torch.lerp(old, new.to(old.dtype), weight)
 
 
+def at_least(x: Tensor, low: Any) -> Tensor:
+    """`x`, or `low` where that is larger; in the dtype of `x`."""
+    return x.clamp(min=low.to(x.dtype) if isinstance(low, Tensor) else low)
+
+
 def outer(row: Tensor, col: Tensor, mean: Tensor) -> Tensor:
     """The matrix with these row and column means: their product over the mean of the rows.
 
@@ -112,12 +118,12 @@ def root_mean_squares(leaves: Sequence[ShardedTensor], stacked: Sequence[bool]) 
 
 
 def clipped(
-    leaves: Sequence[ShardedTensor], limit: float, stacked: Sequence[bool]
+    leaves: Sequence[ShardedTensor], limit: Any, stacked: Sequence[bool]
 ) -> list[ShardedTensor]:
     """Tensors scaled down so that their root mean square is at most `limit`."""
 
     def one(u: Tensor, size: Tensor) -> Tensor:
-        factor = (size / limit).clamp(min=1.0).to(u.dtype)
+        factor = (size / here({"limit": limit}, u.device).limit).clamp(min=1.0).to(u.dtype)
         return u / per_entry(factor, u)
 
     sizes = root_mean_squares(leaves, stacked)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layouts import tree
 from ..layouts.sharded import ShardedTensor, make_type
-from .base import Transform, scalar
+from .base import Transform, has_any, scalar
 from .flat import Active, elementwise, local
 from .many import norms
 from .sums import counted
@@ -126,6 +126,8 @@ def skip_nonfinite(t: Transform, *, limit: int | None = 10) -> Transform:
         return {"skipped": zero(), "streak": zero(), "inner": t.init(params)}
 
     def fused(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
+        if not has_any(grads):
+            return params, state
         if limit is not None and (number(state["streak"]) or 0) >= limit:
             raise FloatingPointError(
                 f"skip_nonfinite: {limit} steps in a row had gradients that are not finite; "

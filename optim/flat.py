@@ -59,8 +59,12 @@ def elementwise(
     for i, like in enumerate(likes):
         if columns[0][i] is None or like is None:
             continue
-        layout = like._type.layout
+        check_meets(columns[0][i], like, params, i)
+        kind = like._type
+        layout, shape = kind.layout, kind.shape
         for column in columns:
+            if column[i]._type.shape != shape:
+                check_meets(column[i], like, params, i)
             if column[i]._type.layout is not layout:
                 column[i] = aligned(column[i], like)
         key = (
@@ -131,6 +135,8 @@ class Active:
         paths = [path for path, _ in tree.items(params)]
         self.paths = [paths[i] for i in self._at]
         self.params: list[ShardedTensor] = [likes[i] for i in self._at]
+        for i in self._at:
+            check_meets(given[i], likes[i], params, i)
         self.grads = [aligned(given[i], likes[i]) for i in self._at]
 
     def of(self, values: Any) -> list[Any]:
@@ -151,6 +157,46 @@ class Active:
             mask is not None and matches(mask, path, p)
             for path, p in zip(self.paths, self.params, strict=True)
         ]
+
+
+def check_meets(x: Any, like: Any, params: Any, i: int) -> None:
+    """Raise unless leaf number i of the parameters can be updated by `x`.
+
+    Broadcasting is for people who ask for it: a gradient of another shape is a mistake.
+
+    Raises:
+        TypeError: for plain tensors, and parameters that are not floating point numbers.
+        ValueError: for a gradient of another shape.
+    """
+    if isinstance(x, ShardedTensor) and isinstance(like, ShardedTensor):
+        kind = like._type
+        if x._type.shape == kind.shape and (kind.dtype.is_floating_point or kind.dtype.is_complex):
+            return
+    path = tree.items(params)[i][0]
+    check_sharded(like, path)
+    if not isinstance(x, ShardedTensor):
+        raise TypeError(
+            f"{path}: the gradient is a {type(x).__name__}, its parameter the sharded tensor {like}"
+            "; take gradients by sw.value_and_grad"
+        )
+    if x._type.shape != like._type.shape:
+        raise ValueError(
+            f"{path}: a gradient of shape {tuple(x.shape)} for a parameter of shape "
+            f"{tuple(like.shape)}"
+        )
+    raise TypeError(
+        f"{path} is {like}: optimizers update floating point numbers; leave its gradient None, or "
+        "take it out of the parameters"
+    )
+
+
+def check_sharded(p: Any, path: str) -> None:
+    """Raise a TypeError for a parameter that is no sharded tensor."""
+    if not isinstance(p, ShardedTensor):
+        raise TypeError(
+            f"{path}: a parameter is a ShardedTensor, got a {type(p).__name__}; place it first: "
+            f"sw.shard({path}, mesh, layout)"
+        )
 
 
 def aligned(x: ShardedTensor, like: ShardedTensor) -> ShardedTensor:

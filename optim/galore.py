@@ -18,7 +18,7 @@ from ..layouts.sharded import ShardedTensor, make_type
 from ..layouts.tree import Mask
 from .adam import direction, moments
 from .base import Schedule, Transform, counter
-from .flat import Active, elementwise
+from .flat import Active, elementwise, here
 from .many import Many
 from .recipe import recipe
 from .sums import reduced_together, together, wide
@@ -126,8 +126,10 @@ def scale_by_galore(
                 out.append(u)
                 continue
 
-            def back(u: Tensor, q: Tensor, left: bool = is_left(g)) -> Tensor:
-                return (q @ u if left else u @ q.mT) * scale
+            by = here({"scale": scale}, g.device).scale
+
+            def back(u: Tensor, q: Tensor, left: bool = is_left(g), by: Any = by) -> Tensor:
+                return (q @ u if left else u @ q.mT) * by
 
             out.append(together(back, g, u, q))
         return active.tree(out), {

@@ -86,4 +86,4 @@ class Scheduled:
 def _at(schedule: Callable[[Any], Any], step: Any) -> Any:
     """A schedule's value as a float64 scalar."""
     value = schedule(step)
-    return value.to(torch.float64)
+    return value.to(torch.float64) if hasattr(value, "to") else step.to(torch.float64) * 0 + value

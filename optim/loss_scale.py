@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .base import Transform, scalar
+from .base import Transform, has_any, scalar
 from .finite import culprits, guarded, moved, number
 from .flat import elementwise
 from .many import Many
@@ -77,6 +77,8 @@ def loss_scale(
         return ((g if g.dtype.itemsize >= 4 else g.to(torch.float32)) * (1 / s.scale),)
 
     def fused(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
+        if not has_any(grads):
+            return params, state
         small = elementwise(
             unscaled, [grads], params, olds=[None], scalars={"scale": state["scale"]}
         )[0]

@@ -98,8 +98,11 @@ class Many:
         """-1, 0 or 1."""
         return self._new("sign")
 
-    def clamp(self, low: float, high: float) -> Many:
+    def clamp(self, low: Number, high: Number) -> Many:
         """Cut to [low, high]."""
+        if isinstance(low, Tensor) or isinstance(high, Tensor):  # no foreach form takes these
+            low, high = (torch.as_tensor(self._bare(x)) for x in (low, high))
+            return self.map(lambda x: torch.clamp(x, low.to(x), high.to(x)))
         return self._new("clamp_min", low)._used("clamp_max", high)
 
     def add_(self, other: Many | Number) -> Many:

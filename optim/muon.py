@@ -16,7 +16,7 @@ from torch import Tensor
 from ..layouts.sharded import ShardedTensor
 from ..layouts.tree import Mask
 from .base import Schedule, Transform, zeros_like
-from .flat import Active, elementwise
+from .flat import Active, elementwise, here
 from .many import Many
 from .orthogonal import COEFFICIENTS, Fold, default_fold, newton_schulz, on_whole_matrices
 from .recipe import recipe
@@ -48,7 +48,8 @@ def scale_by_muon(
 
     def orthogonal(x: Tensor) -> Tensor:
         y = x if dtype is None else x.to(dtype)
-        return newton_schulz(y, steps=steps, coefficients=coefficients, eps=eps).to(x.dtype)
+        least = here({"eps": eps}, x.device).eps
+        return newton_schulz(y, steps=steps, coefficients=coefficients, eps=least).to(x.dtype)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         with torch.no_grad():

@@ -34,6 +34,7 @@ from ..meshlib import record
 from ..meshlib.errors import LayoutError
 from .base import Transform, settled
 from .buckets import all_gathered, copies, find_cut, reduce_scattered
+from .flat import check_meets
 
 STAGES = (0, 1, 2, 3)
 
@@ -234,6 +235,8 @@ def _scattered(grads: Any, small: Any) -> Any:
     leaves, spec = optree.tree_flatten(small, none_is_leaf=True)
     given: list[Any] = spec.flatten_up_to(grads)
     live = [i for i, g in enumerate(given) if g is not None and leaves[i] is not None]
+    for i in live:
+        check_meets(given[i], leaves[i], small, i)
     with record.acting("step", "gradient"):
         done = reduce_scattered([given[i] for i in live], [leaves[i].layout for i in live])
     for i, g in zip(live, done, strict=True):
@@ -277,8 +280,9 @@ def _warn(params: Any, axes: Sequence[str], stage: int) -> None:
         listed = ", ".join(f"{path} ({size:,} B)" for path, size in whole)
         total = sum(size for _, size in whole)
         warnings.warn(
-            f"zero: {len(whole)} parameters cannot be cut over {'/'.join(axes)!r}: no dim is "
-            f"divisible; {total:,} B of them stay on each device, and their state: {listed}",
+            f"zero: {len(whole)} parameters cannot be cut over {'/'.join(axes)!r}: no dim "
+            f"{'behind dim 0, the stack of layers, ' if stage == 3 else ''}is divisible; "
+            f"{total:,} B of them stay on each device, and their state: {listed}",
             stacklevel=3,
         )
 
@@ -289,8 +293,12 @@ def _check_cut(params: Any, axes: Sequence[str]) -> None:
     for path, p in tree.items(params):
         if isinstance(p, ShardedTensor):
             missing, to = _open(p.layout, axes), part_layout(p, axes)
-            # Strategies cut no stack of layers over a data axis, and by all axes or none.
-            is_cut = not _open(to, axes) and (p.ndim == 1 or all(to.state(a) for a in missing))
+            # Strategies cut no stack of layers over a data axis, and by all axes or none. A matrix
+            # whose columns another axis cuts is no stack of vectors.
+            is_stack = p.ndim > 2 or (p.ndim == 2 and not p.layout.dims[1])
+            is_cut = not _open(to, axes) and (
+                not is_stack or all(to.state(a) for a in missing)
+            )
             if missing and is_cut:
                 wrong.append(f"{path} is {p}, whole over {', '.join(map(repr, missing))}")
     if wrong:

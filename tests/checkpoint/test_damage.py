@@ -61,6 +61,25 @@ def test_a_flipped_bit(root: Path, name: str, part: float, bit: int) -> None:
         assert error.tensor in (("",) if name == MANIFEST else ("w", "b"))
 
 
+def test_a_flipped_bit_of_the_newest_offers_the_older_one(root: Path) -> None:
+    path = root / "step-00000002" / FIRST
+    flip(path, path.stat().st_size - 1)
+    for act in (
+        lambda: sw.checkpoint.restore(root, state(0)),
+        lambda: sw.checkpoint.verify(root),
+    ):
+        with pytest.raises(CheckpointError, match="the newest sound one: step=1") as caught:
+            act()
+        assert caught.value.is_damage
+    with pytest.raises(CheckpointError) as caught:  # it fits, but for a name: no damage
+        sw.checkpoint.restore(root, {"nothing": 1})
+    assert not caught.value.is_damage
+    assert "sound" not in str(caught.value)
+    shutil.rmtree(root / "step-00000001")
+    with pytest.raises(CheckpointError, match="none is sound"):
+        sw.checkpoint.restore(root, state(0))
+
+
 def test_every_part_of_a_file_counts(tmp_path: Path) -> None:
     sw.checkpoint.save(tmp_path, {"t": torch.arange(3)}, step=1)
     for name in (FIRST, MANIFEST):

@@ -73,6 +73,13 @@ def run(root: str, axes: dict[str, int]) -> dict[str, Any]:
     found["plain tensors differ"] = raised(
         lambda: sw.checkpoint.save(root, tree(on, 3) | {"plain": torch.tensor([rank])}, step=3)
     )
+    for name, given in (
+        ("step", {"step": 3 + rank}),
+        ("keep", {"step": 3, "keep": 1 + rank}),
+    ):
+        found[f"{name} differs"] = raised(lambda g=given: sw.checkpoint.save(root, tree(on, 3), **g))
+    elsewhere = root if rank == 0 else f"{root}-{rank}"
+    found["path differs"] = raised(lambda: sw.checkpoint.save(elsewhere, tree(on, 3), step=3))
     leaf: Any = {1, 2} if rank == on.size - 1 else 7
     found["a leaf of one rank"] = raised(
         lambda: sw.checkpoint.save(root, tree(on, 3) | {"seen": leaf}, step=3, wait=False).wait()
@@ -107,6 +114,9 @@ def test_processes_write_what_the_simulated_mesh_writes(tmp_path: Path) -> None:
         for case in ("trees differ", "plain tensors differ"):
             assert "save different trees" in found[case]
             assert "rank 1" in found[case]
+        assert "the processes save with different step: step=" in found["step differs"]
+        assert "the processes save with different keep: keep=" in found["keep differs"]
+        assert "the processes save to different directories" in found["path differs"]
         assert "a set is none of" in found["a leaf of one rank"]
         assert "nothing: not stored" in found["one cannot restore"] or (
             "'nothing': not stored" in found["one cannot restore"]

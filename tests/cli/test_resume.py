@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import runs
 
-from shardwise import checkpoint
+from shardwise import checkpoint, make_mesh
 from shardwise.cli import state, text
+from shardwise.cli.claim import claimed
 from shardwise.cli.config import ConfigError
 from shardwise.cli.main import main
 from shardwise.cli.settings import compare
@@ -207,24 +208,63 @@ def test_resume_without_the_table_is_refused(
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_damaged_newest_is_passed_over_and_a_flipped_bit_is_told(
+def test_a_damaged_newest_is_refused_and_the_sound_one_named(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = copied(stopped, tmp_path)
     saved = tmp_path / "run/checkpoints"
     body = next((saved / "step-00000003").glob("shard-*"))
     whole = body.read_bytes()
-    body.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert main(["train", file, "--resume"]) == 1
-    assert body.name in capsys.readouterr().err
-    body.write_bytes(whole[:-1])
+
+    def refused() -> str:
+        assert main(["train", file, "--resume", "--set", "run.steps=5"]) == 1
+        return capsys.readouterr().err
+
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-1]):
+        body.write_bytes(damaged)
+        shown = refused()
+        assert body.name in shown
+        assert "the newest sound one: step=2" in shown
+        assert f"move step-00000003 out of {saved}" in shown
+        assert "other settings" not in shown
+    (saved / "step-00000003/manifest.json").unlink()
+    assert "the newest sound one: step=2" in refused()
+    (saved / "step-00000003").rename(tmp_path / "away")
     curve, shown = runs.run(file, resume=True)
     assert "going on from step 2" in shown
     assert curve.steps == list(range(6))
     for step in saved.glob("step-*"):
         (step / "manifest.json").write_text("{}")
-    assert main(["train", file, "--resume"]) == 1
-    assert "none is sound" in capsys.readouterr().err
+    assert "none is sound" in refused()
+    assert main(["train", file]) == 2
+    assert "holds a run saved at step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["run.out", "checkpoint.path"])
+def test_directories_are_made_before_the_first_step(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    override = f"{key}={tmp_path}/taken/here"
+    assert main(["train", runs.file(tmp_path), "--set", override]) == 2
+    shown = capsys.readouterr()
+    assert f"{key}: cannot write to {tmp_path}/taken/here: Not a directory" in shown.err
+    assert "step 1" not in shown.out
+
+
+def test_two_runs_in_one_directory_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = runs.file(tmp_path)
+    mesh = make_mesh({"data": 2})
+    with claimed(runs.config(file, f"checkpoint.path={tmp_path}/kept"), mesh):
+        assert main(["train", file]) == 2
+        assert f"run.out: another run writes to {tmp_path}/run" in capsys.readouterr().err
+        same = ["--set", f"run.out={tmp_path}/other", "--set", f"checkpoint.path={tmp_path}/kept"]
+        assert main(["train", file, *same]) == 2
+        assert "checkpoint.path: another run writes to" in capsys.readouterr().err
+    with claimed(runs.config(file, f"checkpoint.path={tmp_path}/run"), mesh):
+        pass  # one directory for both; and the first run has let go
 
 
 def test_saves_are_due_every_so_often_and_never_wait_for_the_one_before(

@@ -13,6 +13,7 @@ class CheckpointError(ValueError):
         tensor: the tree path at fault, "" where none is.
         expected: what should be there; None where nothing was compared.
         found: what is there.
+        is_damage: whether a checkpoint is not as it was written, or cannot be read.
 
     >>> print(CheckpointError("wrong size", file="a.safetensors", expected=8, found=7))
     a.safetensors: wrong size: expected 8, found 7
@@ -31,6 +32,7 @@ class CheckpointError(ValueError):
         self.tensor = tensor
         self.expected = expected
         self.found = found
+        self.is_damage = False
         where = [self.file] if self.file else []
         where += [f"tensor {tensor!r}"] if tensor else []
         values = "" if expected is None else f": expected {expected}, found {found}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from .errors import CheckpointError, from_os
 
 CHUNK = 1 << 24  # bytes per write and per read: bounds what is held beside the tensors
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class Files:
@@ -218,7 +218,7 @@ def exclusive(disk: Files, root: Path) -> Iterator[bool]:
                 "another writer is saving to this directory; one job, one directory", file=root
             ) from error
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise from_os(error, "locking", path) from error
             held = False
         yield held

@@ -81,8 +81,11 @@ def verify(path: Any, step: int | None = None) -> None:
         CheckpointError: naming the file, the tensor, and both hashes.
     """
     disk, root = files.CURRENT, Path(path).absolute()
-    asked = step is not None
-    with _entered(disk, root, _chosen(disk, root, step), is_asked=asked) as found:
+    asked, chosen = step is not None, _chosen(disk, root, step)
+    with (
+        _entered(disk, root, chosen, is_asked=asked) as found,
+        _offering(disk, root, chosen, is_asked=asked),
+    ):
         check_contents(disk, *found)
 
 
@@ -128,7 +131,8 @@ def restore(
             Reader(disk, manifest, directory, where) as reader,
         ):
             stored = matched(manifest, leaves, dict(rename or {}), where)
-            made = [_leaf(reader, stored[i], leaf) for i, (_, leaf) in enumerate(leaves)]
+            with _offering(disk, root, chosen, is_asked=step is not None):
+                made = [_leaf(reader, stored[i], leaf) for i, (_, leaf) in enumerate(leaves)]
     except BaseException as error:
         _end(ranks, error)
         raise
@@ -150,18 +154,30 @@ def _chosen(disk: Files, root: Path, step: int | None) -> int:
 def _entered(
     disk: Files, root: Path, step: int, *, is_asked: bool
 ) -> Iterator[tuple[Manifest, int, Path]]:
-    """A commit; if it is damaged and nobody asked for it, the error says which one is sound."""
+    """A commit; if it is damaged and nobody asked for it, the error offers an older one."""
     with ExitStack() as stack:
-        try:
+        with _offering(disk, root, step, is_asked=is_asked):
             found = stack.enter_context(steps.entered(disk, root, step))
-        except CheckpointError as error:
-            if is_asked:
-                raise
-            sound = steps.newest(disk, root)
+        yield found
+
+
+@contextmanager
+def _offering(disk: Files, root: Path, step: int, *, is_asked: bool) -> Iterator[None]:
+    """Mark errors inside as damage of the commit; if nobody asked for it, offer an older one.
+
+    Contents of the older one are not read for that, as they may be large and on all processes.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        error.is_damage = True
+        if not is_asked:
+            found = reversed(steps.committed(disk, root))
+            older = (s for s in found if s < step and steps.damage(disk, root, s) is None)
+            sound = next(older, None)
             offer = "none is sound" if sound is None else f"the newest sound one: step={sound}"
             error.args = (f"{error}\n  {offer}",)
-            raise
-        yield found
+        raise
 
 
 def _agreed_step(disk: Files, root: Path, step: int | None, ranks: Ranks) -> int:
@@ -181,6 +197,8 @@ def _end(ranks: Ranks, error: BaseException | None) -> None:
     if ranks.store is None:
         return
     mine = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+    if getattr(error, "is_damage", False):
+        mine["damage"] = "yes"
     if error is not None:
         for topic in ("step", "end") if ranks.is_first else ("read",):
             ranks.tell(topic, mine)
@@ -193,7 +211,8 @@ def _end(ranks: Ranks, error: BaseException | None) -> None:
     try:
         _raise_told(ranks.hear("read", others), others)
     except CheckpointError as failed:
-        ranks.tell("end", {"error": str(failed)})
+        damage = {"damage": "yes"} if failed.is_damage else {}
+        ranks.tell("end", {"error": str(failed), **damage})
         raise
     ranks.tell("end", {})
 
@@ -201,7 +220,9 @@ def _end(ranks: Ranks, error: BaseException | None) -> None:
 def _raise_told(messages: Iterable[Mapping[str, Any]], ranks: Iterable[int]) -> None:
     for rank, message in zip(ranks, messages, strict=True):
         if "error" in message:
-            raise CheckpointError(f"rank {rank} could not restore: {message['error']}")
+            failed = CheckpointError(f"rank {rank} could not restore: {message['error']}")
+            failed.is_damage = "damage" in message
+            raise failed
 
 
 def _on_real_meshes(leaves: list[Any]) -> list[Any]:

@@ -98,7 +98,7 @@ def save(path: Any, tree: Any, *, step: int, keep: int | None = None, wait: bool
         path: the directory of checkpoints, made if need be; one for each run. In a job all
             processes see it.
         tree: ShardedTensors on any mesh, torch tensors, random keys, int, float, bool, str, None.
-            In a job every process gives the same tree.
+            In a job every process gives the same tree, `path`, `step` and `keep`.
         step: its number; larger than that of every sound checkpoint in the directory.
         keep: how many of the newest checkpoints stay; None keeps all.
         wait: False returns once what this process writes is copied to host memory; a thread
@@ -111,7 +111,8 @@ def save(path: Any, tree: Any, *, step: int, keep: int | None = None, wait: bool
 
     Raises:
         CheckpointError: a leaf that cannot be stored (a tensor that is still a sum among them), a
-            step that is committed already or lies before one, another writer, a failing disk, a
+            step that is committed already or lies before one, processes that ask for different
+            things, another writer, a failing disk, a
             process that failed or fell silent. The last committed checkpoint stays.
 
     >>> import tempfile, torch, shardwise as sw
@@ -176,7 +177,7 @@ def _commit(
         if ranks.is_first:
             _lead(disk, root, step, keep, taken, ranks)
         else:
-            _follow(disk, root, taken, ranks)
+            _follow(disk, root, step, keep, taken, ranks)
     except BaseException as error:
         _abandon(ranks, error)
         raise
@@ -211,7 +212,8 @@ def _lead(disk: Files, root: Path, step: int, keep: int | None, taken: Plan, ran
         with files.doing("making the directory", temporary):
             disk.mkdir(temporary)
         try:
-            ranks.tell("begin", {"name": temporary.name})
+            asked = {"step": step, "keep": keep}
+            ranks.tell("begin", {"name": temporary.name, "path": str(root), "asked": asked})
             mine = {"digest": taken.digest, "files": _write_shards(disk, temporary, taken)}
             reports = [mine, *_heard(ranks, "written", range(1, ranks.size))]
             ranks.forget("written")
@@ -233,10 +235,23 @@ def _lead(disk: Files, root: Path, step: int, keep: int | None, taken: Plan, ran
     ranks.tell("end", {})
 
 
-def _follow(disk: Files, root: Path, taken: Plan, ranks: Ranks) -> None:
+def _follow(
+    disk: Files, root: Path, step: int, keep: int | None, taken: Plan, ranks: Ranks
+) -> None:
     """What every other rank does: the files of its devices."""
     (begin,) = _heard(ranks, "begin")
+    for name, mine in (("step", step), ("keep", keep)):
+        if begin["asked"][name] != mine:
+            raise CheckpointError(
+                f"the processes save with different {name}: {name}={mine} on rank {ranks.rank}, "
+                f"{name}={begin['asked'][name]} on rank 0"
+            )
     try:
+        if not (root / begin["name"]).is_dir():  # not by its spelling: mounts may differ
+            raise CheckpointError(
+                f"the processes save to different directories, path={root} on rank {ranks.rank} "
+                f"and path={begin['path']} on rank 0; or rank {ranks.rank} does not see that one"
+            )
         written = _write_shards(disk, root / begin["name"], taken)
     except CheckpointError:
         if ranks.has_told("end"):  # given up meanwhile, and the directory removed: say why

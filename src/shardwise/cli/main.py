@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         COMMANDS[given.command](given)
+        sys.stdout.flush()
     except ModuleNotFoundError as missing:
         print(
             f"shardwise {given.command} needs {missing.name}: pip install 'shardwise[train]'",
@@ -64,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, LayoutError, MeshError, ValueError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError as error:
+        if given.command == "train":  # a run whose output is gone has not come to its end
+            return _failed(f"the output was closed: {error}")
+        # `inspect ... | head` has read enough; what is still buffered must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _failed("interrupted")
     except Exception as error:

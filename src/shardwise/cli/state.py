@@ -29,6 +29,7 @@ from ..meshlib.mesh import Mesh
 from ..models import Model
 from ..ops import random
 from .build import Corpus
+from .claim import checkpoints
 from .config import Config, ConfigError
 from .report import Curve
 from .settings import compare, saved_settings, settings_of
@@ -60,7 +61,7 @@ class Keeper:
     def __init__(self, config: Config, mesh: Mesh, model: Model, corpus: Corpus) -> None:
         assert config.checkpoint is not None
         self.table = config.checkpoint
-        self.path = Path(self.table.path or Path(config.run.out) / "checkpoints")
+        self.path = checkpoints(config) or Path()
         self.mesh = mesh
         self.key = random.key(config.run.seed)
         self.settings = settings_of(config, model, corpus)
@@ -117,7 +118,7 @@ class Keeper:
         Raises:
             ConfigError: there is a checkpoint.
         """
-        found = checkpoint.latest(self.path)
+        found = self._newest()
         if found is not None:
             raise ConfigError(
                 [
@@ -126,8 +127,14 @@ class Keeper:
                 ]
             )
 
+    def _newest(self) -> int | None:
+        """The newest step that has been saved, whatever has become of it since."""
+        names = (entry.name for entry in self.path.glob("step-*"))
+        found = (re.fullmatch(r"step-(\d{8,19})", name) for name in names)
+        return max((int(match[1]) for match in found if match), default=None)
+
     def resume(self, params: Any, state: Any) -> Resumed | None:
-        """The newest sound checkpoint, or None where there is no checkpoint at all.
+        """The newest checkpoint, or None where there is no checkpoint at all.
 
         Args:
             params: abstract parameters; the real ones come in their layouts on the run's mesh.
@@ -135,15 +142,23 @@ class Keeper:
 
         Raises:
             ConfigError: the run that was saved is another one.
-            CheckpointError: none is sound, or the state has another form.
+            CheckpointError: it is damaged, which names an older one; or the state has another form.
         """
-        step = checkpoint.latest(self.path)
+        step = self._newest()
         if step is None:
-            names = [entry.name for entry in self.path.glob("step-*")]
-            if any(re.fullmatch(r"step-\d+", name) for name in names):
-                checkpoint.inspect(self.path)  # a commit, but none is sound: it says why
             return None
-        manifest = checkpoint.inspect(self.path, step)
+        try:
+            return self._resumed(params, state, step)
+        except CheckpointError as error:
+            if error.is_damage:
+                error.args = (
+                    f"{error}\n  to go on from an older one, move step-{step:08d} out of "
+                    f"{self.path}",
+                )
+            raise
+
+    def _resumed(self, params: Any, state: Any, step: int) -> Resumed:
+        manifest = checkpoint.inspect(self.path)
         notes = compare(saved_settings(manifest), self.settings, str(self.path))
         curve = {
             name: torch.empty(entry.shape, dtype=entry.dtype)
@@ -158,9 +173,9 @@ class Keeper:
             "curve": curve,
         }
         try:
-            found = checkpoint.restore(self.path, like, step=step)
+            found = checkpoint.restore(self.path, like)
         except CheckpointError as error:
-            if not notes:
+            if error.is_damage or not notes:
                 raise
             said = [str(error), "the run was saved with other settings", *notes]
             raise CheckpointError("\n".join(said)) from error

@@ -23,6 +23,7 @@ from ..ops.plan import abstract, plan
 from ..ops.transforms.shapes import check_stable
 from ..optim import Transform
 from . import build, report, text
+from .claim import claimed
 from .config import Config, ConfigError
 from .optimizer import build_optimizer, skips
 from .report import Curve, peak_memory, write
@@ -42,14 +43,14 @@ def train(config: Config, console: Console | None = None, *, resume: bool = Fals
     Args:
         config: from `read_config`.
         console: where to print; None is the terminal, silent in all processes but the first.
-        resume: whether to go on from the newest sound checkpoint; from the start if there is none.
+        resume: whether to go on from the newest checkpoint; from the start if there is none.
 
     Returns:
         The loss curve.
 
     Raises:
         LayoutError: a strategy that does not fit model and mesh; before anything runs.
-        ConfigError: a checkpoint of another run.
+        ConfigError: a checkpoint of another run; directories that cannot be had.
         CheckpointError: one that cannot be written or read.
     """
     if resume and config.checkpoint is None:
@@ -64,15 +65,16 @@ def train(config: Config, console: Console | None = None, *, resume: bool = Fals
     optimizer = build_optimizer(config, model.declaration)
     corpus = build.build_corpus(config)
     run = _Run(config, console, mesh, model, optimizer, corpus)
-    where = f"{mesh.size} {mesh.transport} devices on {mesh.device.type}"
-    console.print(f"[bold]{mesh}[/bold]: {where}\n{model.num_parameters:,} parameters")
-    table = str(strategy.table(model.declaration, model.config, mesh))
-    console.print(table + "\n", markup=False)
-    run.begin(loaded, resume)
-    run.plan()
-    with Stop() if run.keeper else nullcontext(Stop()) as stop:
-        if run.loop(stop):
-            run.end()
+    with claimed(config, mesh):
+        where = f"{mesh.size} {mesh.transport} devices on {mesh.device.type}"
+        console.print(f"[bold]{mesh}[/bold]: {where}\n{model.num_parameters:,} parameters")
+        table = str(strategy.table(model.declaration, model.config, mesh))
+        console.print(table + "\n", markup=False)
+        run.begin(loaded, resume)
+        run.plan()
+        with Stop() if run.keeper else nullcontext(Stop()) as stop:
+            if run.loop(stop):
+                run.end()
     return run.curve
 
 
