@@ -15,7 +15,10 @@ from ..layouts.tree import Mask
 from .base import Schedule, Transform, counter
 from .factors import Factors, at_least, clipped, empty, factored, outer, root_mean_squares
 from .flat import Active, here
+from .numbers import Rule, check
 from .sums import per_entry, together
+
+FALLING: Rule = (lambda x: x <= 0, "at most 0")
 
 
 def scale_by_adafactor(
@@ -38,6 +41,7 @@ def scale_by_adafactor(
 
     Cost: all_reduces of rows and columns, not of matrices, all tensors together: 3 in a row.
     """
+    check("adafactor", {"decay": FALLING}, decay=decay, eps=eps, clip=clip)
 
     def init(params: Any) -> dict[str, Any]:
         return {"step": counter(params), **empty(params, "row", "col", "nu")}
@@ -122,6 +126,7 @@ def adafactor(
     >>> opt.step(p, opt.init(p), p)[0]["w"].full_tensor()[0]
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
+    check("adafactor", lr=lr, eps_scale=eps_scale, weight_decay=weight_decay)
     direction = scale_by_adafactor(decay=decay, eps=eps, clip=clip, stacked=stacked)
     has_decay = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 

@@ -12,6 +12,7 @@ import torch
 from .base import Schedule, Transform, counter, zeros_like
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 
 
 def moments(s: Any, g: Many, mu: Many, nu: Many) -> tuple[Many, Many]:
@@ -44,6 +45,9 @@ def adam_like(
 ) -> Transform:
     """A transform whose state is step, mu and nu, by a kernel (s, mark, g, mu, nu, p)."""
     from .scale import decayed
+
+    named = {k: v for k, v in hyper.items() if k != "decay"}
+    check(name, weight_decay=hyper.get("decay"), **named)
 
     def init(params: Any) -> dict[str, Any]:
         zeros = lambda: zeros_like(params, state_dtype)  # noqa: E731

@@ -19,6 +19,7 @@ from .adam import corrections
 from .base import Schedule, Transform, counter
 from .codes import decode, encode
 from .flat import Active, here
+from .numbers import check
 from .recipe import recipe
 from .sums import wide
 
@@ -34,6 +35,7 @@ def scale_by_adam8bit(
     least: int = 4096,
 ) -> Transform:
     """Adam's direction, its means held in eight bits; see `adam8bit`."""
+    check("adam8bit", b1=b1, b2=b2, eps=eps, block=block)
 
     def is_coded(p: ShardedTensor) -> bool:
         return p.ndim > 0 and p.numel() >= least
@@ -152,6 +154,9 @@ def adam8bit(
         mask: which parameters decay; None is all.
         block: values along the last dim of the global tensor that share a scale.
         least: smaller tensors (by their global size) keep plain means.
+
+    A positive mean square is never rounded to 0, so where the gradients of one block span more than
+    three decades, the steps of the smallest are shorter than Adam's, not longer.
 
     State: step; mu, nu: codes uint8 with the parameters' shapes and layouts; mu_scale, nu_scale:
     [..., blocks]. Values do not depend on the mesh.

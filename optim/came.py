@@ -15,6 +15,7 @@ from ..layouts.tree import Mask
 from .base import Schedule, Transform
 from .factors import Factors, clipped, empty, factored, outer
 from .flat import Active, here
+from .numbers import check
 from .recipe import recipe
 from .sums import together, wide
 
@@ -47,6 +48,7 @@ def scale_by_came(
 
     Cost: all_reduces of rows and columns, not of matrices, all tensors together: 5 in a row.
     """
+    check("came", b1=b1, b2=b2, b3=b3, eps=eps, clip=clip)
 
     def init(params: Any) -> dict[str, Any]:
         zeros = lambda p: torch.zeros_like(p, dtype=wide(p.dtype))  # noqa: E731

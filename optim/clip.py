@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..layouts import tree
@@ -12,6 +11,7 @@ from ..layouts.sharded import ShardedTensor
 from .base import Schedule, Transform, has_any, scalar, stepless
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 from .sums import global_norm, wide
 
 
@@ -35,13 +35,11 @@ def clip_by_global_norm(limit: Schedule) -> Transform:
     >>> state["norm"].item(), clipped["w"].full_tensor()
     (2.0, tensor([0.5000, 0.5000, 0.5000, 0.5000]))
     """
+    check("clip_by_global_norm", limit=limit)
 
     def init(params: Any) -> dict[str, ShardedTensor]:
         dtypes = [wide(p.dtype) for p in tree.leaves(params) if isinstance(p, ShardedTensor)]
-        return {"norm": scalar(params, 0.0, max(dtypes, key=size, default=None))}
-
-    def size(dtype: torch.dtype) -> int:
-        return dtype.itemsize
+        return {"norm": scalar(params, 0.0, max(dtypes, key=lambda d: d.itemsize, default=None))}
 
     def shrink(s: Any, _: Any, g: Many) -> tuple[Many]:
         factor = s.limit / (s.norm + 1e-6)
@@ -65,4 +63,5 @@ def clip_by_value(limit: float) -> Transform:
     >>> clip_by_value(1.0).update(g, {}, g)[0]["w"].full_tensor()
     tensor([1., 1.])
     """
+    check("clip_by_value", limit=limit)
     return stepless("clip_by_value", lambda s, _, g: (g.clamp(-s.limit, s.limit),), limit=limit)

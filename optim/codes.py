@@ -47,7 +47,9 @@ def encode(x: Tensor, size: int, signed: bool) -> tuple[Tensor, Tensor]:
     book = codebook(signed).to(x.device)
     middle = (book[:-1] + book[1:]) / 2
     codes = torch.bucketize(unit, middle)
-    codes = (codes if signed else torch.maximum(codes, (blocks > 0).to(codes.dtype))).to(torch.uint8)
+    if not signed:
+        codes = torch.maximum(codes, (blocks > 0).to(codes.dtype))
+    codes = codes.to(torch.uint8)
     return codes.flatten(-2)[..., : x.shape[-1]].contiguous(), scales
 
 

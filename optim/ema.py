@@ -13,6 +13,7 @@ from ..layouts import tree
 from .base import Transform, apply_updates
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 from .sums import wide
 
 
@@ -34,6 +35,7 @@ def ema(t: Transform, decay: float = 0.999, *, dtype: torch.dtype | None = None)
     >>> state["ema"]["w"].full_tensor()
     tensor([0.7500, 0.7500])
     """
+    check("ema", decay=decay)
 
     def init(params: Any) -> dict[str, Any]:
         mean = tree.map(lambda p: p.to(wide(p.dtype) if dtype is None else dtype) * 1, params)

@@ -17,6 +17,7 @@ from ..layouts.sharded import ShardedTensor, make_type
 from .base import Transform, has_any, scalar
 from .flat import Active, elementwise, local
 from .many import norms
+from .numbers import check
 from .sums import counted
 
 
@@ -85,8 +86,9 @@ def _pick(flag: ShardedTensor, new: ShardedTensor, old: ShardedTensor | None) ->
     return ShardedTensor(shards, make_type(kind.mesh, kind.layout, kind.shape, kind.dtype, False))
 
 
-def moved(params: Any, new: Any) -> Any:
-    """new - params, as updates."""
+def moved(params: Any, new: Any, grads: Any) -> Any:
+    """new - params, as updates; None without a gradient."""
+    new = tree.map(lambda _, n: n, grads, new)
     return elementwise(lambda s, _, n, p: (n - p,), [new, params], params, olds=[None])[0]
 
 
@@ -120,6 +122,7 @@ def skip_nonfinite(t: Transform, *, limit: int | None = 10) -> Transform:
     >>> new["w"].full_tensor(), state["skipped"].item()
     (tensor([1., 1.]), 1)
     """
+    check("skip_nonfinite", limit=limit)
 
     def init(params: Any) -> dict[str, Any]:
         zero = lambda: scalar(params, 0, torch.int64)  # noqa: E731
@@ -143,7 +146,7 @@ def skip_nonfinite(t: Transform, *, limit: int | None = 10) -> Transform:
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         new, after = fused(grads, state, params)
-        return moved(params, new), after
+        return moved(params, new, grads), after
 
     # Whether a leaf is updated hangs on all leaves: a sum over everything, at least.
     needs = "reduction" if t.needs == "elementwise" else t.needs

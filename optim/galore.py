@@ -20,6 +20,7 @@ from .adam import direction, moments
 from .base import Schedule, Transform, counter
 from .flat import Active, elementwise, here
 from .many import Many
+from .numbers import check
 from .recipe import recipe
 from .sums import reduced_together, together, wide
 
@@ -34,6 +35,7 @@ def scale_by_galore(
     eps: float = 1e-8,
 ) -> Transform:
     """Adam's direction of the projected gradient, projected back; see `galore`."""
+    check("galore", rank=rank, every=every, scale=scale, b1=b1, b2=b2, eps=eps)
 
     def is_low(p: ShardedTensor) -> bool:
         return p.ndim > 1 and min(p.shape[-2:]) > rank

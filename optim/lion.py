@@ -13,6 +13,7 @@ from ..layouts.tree import Mask
 from .base import Schedule, Transform, zeros_like
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 from .recipe import recipe
 
 
@@ -23,6 +24,7 @@ def scale_by_lion(
 
     State: mu, with the parameters' layouts. Communication: none.
     """
+    check("lion", b1=b1, b2=b2)
 
     def kernel(s: Any, _: Any, g: Many, mu: Many) -> tuple[Many, ...]:
         g = g.to(mu.dtype)

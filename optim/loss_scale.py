@@ -14,6 +14,7 @@ from .base import Transform, has_any, scalar
 from .finite import culprits, guarded, moved, number
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 
 
 def loss_scale(
@@ -62,6 +63,8 @@ def loss_scale(
     >>> new["w"].full_tensor()
     tensor([0.5000, 0.5000])
     """
+    check("loss_scale", initial=initial, growth=growth, backoff=backoff, every=every)
+    check("loss_scale", hysteresis=hysteresis, minimum=minimum, maximum=maximum)
 
     def init(params: Any) -> dict[str, Any]:
         count = lambda n=0: scalar(params, n, torch.int64)  # noqa: E731
@@ -109,7 +112,7 @@ def loss_scale(
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         new, after = fused(grads, state, params)
-        return moved(params, new), after
+        return moved(params, new, grads), after
 
     # Whether a leaf is updated hangs on all leaves: a sum over everything, at least.
     needs = "reduction" if t.needs == "elementwise" else t.needs

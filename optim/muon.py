@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..layouts import tree
 from ..layouts.sharded import ShardedTensor
 from ..layouts.tree import Mask
 from .base import Schedule, Transform, zeros_like
 from .flat import Active, elementwise, here
 from .many import Many
+from .numbers import check
 from .orthogonal import COEFFICIENTS, Fold, default_fold, newton_schulz, on_whole_matrices
 from .recipe import recipe
 from .sgd import trace
@@ -39,6 +41,7 @@ def scale_by_muon(
     dtype: torch.dtype | None = torch.bfloat16,
 ) -> Transform:
     """The running sum of gradients, orthogonalised as whole matrices; see `muon`."""
+    check("muon", momentum=momentum, eps=eps)
 
     def init(params: Any) -> dict[str, Any]:
         return {"mu": zeros_like(params)}
@@ -60,7 +63,8 @@ def scale_by_muon(
                 olds=[None, 1],
                 scalars={"momentum": momentum},
             )
-            active = Active(params, moves)
+            # A matrix without elements moves nowhere.
+            active = Active(params, tree.map(lambda m: m if m.numel() else None, moves))
             folds = [_fold(path, p) for path, p in zip(active.paths, active.params, strict=True)]
             done = on_whole_matrices(orthogonal, active.grads, folds)
             lengths = [_length(x, f) for x, f in zip(done, folds, strict=True)]

@@ -8,6 +8,7 @@ from ..layouts.tree import Mask
 from .base import Schedule, Transform, counter
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 from .scale import decayed
 
 
@@ -27,6 +28,7 @@ def recipe(
         weight_decay: the factor of the decay.
         mask: which parameters decay; None is all.
     """
+    check(name, lr=lr, weight_decay=weight_decay)
     has_decay = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def init(params: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..layouts.tree import Mask, matches
 from .base import Schedule, Transform, counter, stepless
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 
 
 def scale(factor: Schedule) -> Transform:
@@ -51,6 +52,7 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Transf
         weight_decay: the factor.
         mask: which parameters decay, a glob over paths or a function of (path, leaf); None is all.
     """
+    check("add_decayed_weights", weight_decay=weight_decay)
 
     def add(s: Any, decays: bool, g: Many, p: Many) -> tuple[Many]:
         return ((p * s.rate).add_(g),) if decays else (g,)

@@ -43,6 +43,8 @@ def cosine(peak: float, steps: int, *, end: float = 0.0) -> Function:
 
 def warmup_cosine(peak: float, *, warmup: int, steps: int, end: float = 0.0) -> Function:
     """Linear rise to peak over `warmup` steps, half a cosine to end at `steps`, then end."""
+    if warmup > steps:
+        raise ValueError(f"warmup_cosine: warmup {warmup} is more than {steps} steps")
 
     def fall(step: Any) -> Any:
         return end + (peak - end) * 0.5 * (1 + torch.cos(math.pi * _progress(step, warmup, steps)))

@@ -13,6 +13,7 @@ import torch
 from .base import Schedule, Transform, counter, zeros_like
 from .flat import elementwise
 from .many import Many
+from .numbers import check
 
 
 def trace(g: Many, mu: Many, momentum: Any, nesterov: bool) -> tuple[Many, Many]:
@@ -30,6 +31,7 @@ def scale_by_momentum(
     With Nesterov's look-ahead the direction is `g + momentum * mu`. State: mu, with the parameters'
     layouts. Communication: none.
     """
+    check("scale_by_momentum", momentum=momentum)
 
     def kernel(s: Any, _: Any, g: Many, mu: Many) -> tuple[Many, ...]:
         return trace(g, mu, s.momentum, nesterov)
@@ -66,7 +68,10 @@ def sgd(lr: Schedule, *, momentum: float = 0.0, nesterov: bool = False) -> Trans
     >>> opt.step(p, opt.init(p), p)[0]["w"].full_tensor()
     tensor([0.5000, 0.5000])
     """
+    check("sgd", lr=lr, momentum=momentum)
     moving = not (isinstance(momentum, int | float) and momentum == 0)
+    if nesterov and not moving:
+        raise ValueError("sgd: nesterov looks ahead along the momentum, got momentum=0.0")
 
     def init(params: Any) -> dict[str, Any]:
         state: dict[str, Any] = {"step": counter(params)}

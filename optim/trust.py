@@ -17,6 +17,7 @@ from .adam import scale_by_adam
 from .base import Schedule, Transform, counter, zeros_like
 from .flat import Active, elementwise, here
 from .many import Many
+from .numbers import RATE, check
 from .scale import add_decayed_weights
 from .sums import per_entry, squares, together
 
@@ -96,6 +97,7 @@ def lamb(
     >>> opt.step(p, opt.init(p), p)[0]["w"].full_tensor()
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
+    check("lamb", lr=lr)
     direction = scale_by_adam(b1=b1, b2=b2, eps=eps, state_dtype=state_dtype)
     decay = add_decayed_weights(weight_decay, mask)
     trust = scale_by_lamb(stacked=stacked)
@@ -141,6 +143,7 @@ def scale_by_lars(
 
     Cost: one all_reduce of two scalars per tensor, all tensors together, per set of axes.
     """
+    check("lars", {"eps": RATE}, trust=trust, eps=eps)
     decay = add_decayed_weights(weight_decay, mask)
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -199,6 +202,7 @@ def lars(
     >>> opt.step(p, opt.init(p), p)[0]["w"].full_tensor()
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
+    check("lars", lr=lr, momentum=momentum)
     direction = scale_by_lars(
         trust=trust, weight_decay=weight_decay, eps=eps, mask=mask, stacked=stacked
     )

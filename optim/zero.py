@@ -289,16 +289,14 @@ def _warn(params: Any, axes: Sequence[str], stage: int) -> None:
 
 def _check_cut(params: Any, axes: Sequence[str]) -> None:
     """Raise for parameters that are whole over an axis that could cut them."""
-    wrong = []
-    for path, p in tree.items(params):
+    wrong, items = [], [(path, p) for path, p in tree.items(params) if p is not None]
+    for path, p in items:
         if isinstance(p, ShardedTensor):
             missing, to = _open(p.layout, axes), part_layout(p, axes)
-            # Strategies cut no stack of layers over a data axis, and by all axes or none. A matrix
-            # whose columns another axis cuts is no stack of vectors.
-            is_stack = p.ndim > 2 or (p.ndim == 2 and not p.layout.dims[1])
-            is_cut = not _open(to, axes) and (
-                not is_stack or all(to.state(a) for a in missing)
-            )
+            # Strategies cut no stack of layers over a data axis, and by all axes or none.
+            dims = {to.state(a) for a in missing}
+            can = all(dims) or (dims == {0} and not _is_stack(path, p, items))
+            is_cut = not _open(to, axes) and can
             if missing and is_cut:
                 wrong.append(f"{path} is {p}, whole over {', '.join(map(repr, missing))}")
     if wrong:
@@ -309,3 +307,18 @@ def _check_cut(params: Any, axes: Sequence[str]) -> None:
             f'sw.reshard(params, ".../{"/".join(axes)}")',
             op="zero",
         )
+
+
+def _is_stack(path: str, p: ShardedTensor, items: Sequence[tuple[str, Any]]) -> bool:
+    """Whether dim 0 may count layers: of more than two dims, or as long as that of such a leaf.
+
+    A stack of vectors looks like a matrix; it lies beside stacks of matrices.
+    """
+    if p.ndim != 2:
+        return p.ndim > 2
+    first, inside, _ = path.partition(".")
+    return any(
+        other.ndim > 2 and other.shape[0] == p.shape[0]
+        for name, other in items
+        if not inside or name.partition(".")[0] == first
+    )

@@ -73,11 +73,12 @@ def run(root: str, axes: dict[str, int]) -> dict[str, Any]:
     found["plain tensors differ"] = raised(
         lambda: sw.checkpoint.save(root, tree(on, 3) | {"plain": torch.tensor([rank])}, step=3)
     )
-    for name, given in (
-        ("step", {"step": 3 + rank}),
-        ("keep", {"step": 3, "keep": 1 + rank}),
-    ):
-        found[f"{name} differs"] = raised(lambda g=given: sw.checkpoint.save(root, tree(on, 3), **g))
+    for name, given in {"step": (3 + rank, None), "keep": (3, 1 + rank)}.items():
+
+        def differing(step: int = given[0], keep: int | None = given[1]) -> None:
+            sw.checkpoint.save(root, tree(on, 3), step=step, keep=keep)
+
+        found[f"{name} differs"] = raised(differing)
     elsewhere = root if rank == 0 else f"{root}-{rank}"
     found["path differs"] = raised(lambda: sw.checkpoint.save(elsewhere, tree(on, 3), step=3))
     leaf: Any = {1, 2} if rank == on.size - 1 else 7

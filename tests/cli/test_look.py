@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,36 @@ def test_doctor_tells_versions_devices_and_the_mesh(
 
 def missing(name: str) -> str:
     raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    tree = {f"{i:04d}": i for i in range(5000)}  # more than a pipe holds
+    sw.checkpoint.save(tmp_path, tree, step=1)
+    command = [sys.executable, "-m", "shardwise", "inspect", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("zero.stage=1", "zero.axis=nope"), "zero.axis: no axis 'nope' in [mesh]; its axes: data"),
+        (
+            ("optimizer.schedule=wsd", "optimizer.warmup=6", "optimizer.decay=5", "run.steps=10"),
+            "optimizer.decay: optimizer.warmup, 6, and decay, 5, are more than run.steps, 10",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit_are_told_before_anything_is_shown(
+    options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word for option in options for word in ("--set", option)]
+    assert main(["train", FILE, *given]) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert shown.out == ""

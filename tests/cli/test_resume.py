@@ -121,6 +121,13 @@ def test_a_run_goes_on_on_another_mesh(mesh: str, stopped: Path, tmp_path: Path)
         ("optimizer.ema=0.9", "optimizer.ema: not set when it was saved, now 0.9"),
         ("optimizer.skip_nonfinite=0", "optimizer.skip_nonfinite: 10 when it was saved, now 0"),
         ("precision.param=bfloat16", 'precision.param: "float32" when it was saved'),
+        ("optimizer.loss_scale=dynamic", 'loss_scale: not set when it was saved, now "dynamic"'),
+        ("optimizer.loss_scale=64", "optimizer.loss_scale: not set when it was saved, now 64.0"),
+        (
+            "memory.optimizer=disk",
+            'memory.optimizer: "device" when it was saved, now "disk"; a state on disk takes no '
+            "step back: optimizer.skip_nonfinite: 10 when it was saved, now 0",
+        ),
     ],
 )
 def test_another_run_is_refused(
@@ -161,6 +168,27 @@ def test_what_does_not_matter_is_noted(stopped: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_state_moves_to_disk_and_back_where_no_step_is_taken_back(tmp_path: Path) -> None:
+    file, plain = runs.file(tmp_path), "optimizer.skip_nonfinite=0"
+    runs.run(file, plain, "run.steps=2")
+    _, shown = runs.run(file, plain, "run.steps=3", "memory.optimizer=disk", resume=True)
+    assert '  memory.optimizer: "device" when it was saved, now "disk"\n' in shown
+    curve, _ = runs.run(file, plain, "run.steps=4", resume=True)
+    assert curve.steps == [0, 1, 2, 3]
+
+
+def test_settings_are_told_by_the_keys_of_the_file() -> None:
+    old = {"mesh.axes.data": 2, "optimizer.hyper.b1": 0.9, "optimizer.loss_scale.initial": 8.0}
+    old["optimizer.loss_scale.is_dynamic"] = False
+    new = old | {"mesh.axes.data": 4, "optimizer.hyper.b1": 0.8}
+    new |= {"optimizer.loss_scale.initial": 2.0**15, "optimizer.loss_scale.is_dynamic": True}
+    assert compare(old, new, "here") == [
+        "  mesh.data: 2 when it was saved, now 4",
+        "  optimizer.b1: 0.9 when it was saved, now 0.8",
+        '  optimizer.loss_scale: 8.0 when it was saved, now "dynamic"',
+    ]
+
+
 def test_a_key_of_another_version_is_noted_and_not_refused() -> None:
     known = {"model.embed": 8, "run.steps": 3, "run.log_every": 1}
     newer = known | {"model.window": 4, "run.log_every": 2}
@@ -178,7 +206,7 @@ def test_a_state_of_another_form_is_refused_with_what_changed(
     assert main(["train", file, "--resume", "--set", "optimizer.state_dtype=bfloat16"]) == 1
     shown = capsys.readouterr().err
     assert "expected bf16" in shown
-    assert 'optimizer.hyper.state_dtype: not set when it was saved, now "bfloat16"' in shown
+    assert 'optimizer.state_dtype: not set when it was saved, now "bfloat16"' in shown
 
 
 def test_a_used_directory_is_refused_without_resume(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from optimizers import Tree, close, matrices, run, values
 
+import shardwise as sw
 from shardwise import optim
 from shardwise.optim.codes import decode, encode
 
@@ -258,3 +259,16 @@ def test_codes_hold_small_values_beside_large_ones() -> None:
         assert float((back - value).abs().mean()) < 0.02
     zero = torch.zeros(3, 10)
     assert torch.equal(decode(*encode(zero, 4, True), 4, True), zero)
+
+
+@pytest.mark.parametrize("decades", range(5))
+def test_adam8bit_steps_stay_short_where_a_block_spans_decades(decades: int) -> None:
+    torch.manual_seed(0)
+    mesh = sw.make_mesh({"data": 2})
+    opt = optim.adam8bit(1.0)
+    params = {"w": sw.shard(torch.zeros(64, 256), mesh, "a/data b")}
+    state = opt.init(params)
+    for _ in range(12):
+        g = torch.randn(64, 256) * torch.logspace(-decades, 0, 256)
+        updates, state = opt.update({"w": sw.shard(g, mesh, "a/data b")}, state, params)
+        assert updates["w"].full_tensor().abs().max() < 10

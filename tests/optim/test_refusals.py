@@ -58,10 +58,70 @@ def test_gradients_are_sharded_tensors_and_parameters_floating_point() -> None:
     with pytest.raises(TypeError, match="w: the gradient is a Tensor"):
         opt.step({"w": torch.ones(4)}, opt.init(params), params)
     counts = {"n": sw.full((4,), 1, mesh, dtype=torch.int64)}
-    with pytest.raises(TypeError, match="n is i64.*floating point"):
+    with pytest.raises(TypeError, match=r"n is i64.*floating point"):
         opt.step(counts, opt.init(counts), counts)
 
 
-def test_a_chain_has_a_transform() -> None:
-    with pytest.raises(ValueError, match="chain: of no transforms"):
-        optim.chain()
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: optim.adamw(-0.1), "adamw: lr is finite and at least 0, got -0.1"),
+        (lambda: optim.sgd(float("nan")), "sgd: lr"),
+        (lambda: optim.muon(float("inf")), "muon: lr"),
+        (lambda: optim.lion("0.1"), "lion: lr"),
+        (lambda: optim.lamb(-1), "lamb: lr"),
+        (lambda: optim.lars(-1.0), "lars: lr"),
+        (lambda: optim.adafactor(-1.0), "adafactor: lr"),
+        (lambda: optim.adam(0.1, b1=1.0), "adam: b1 is at least 0 and less than 1, got 1.0"),
+        (lambda: optim.adamw(0.1, b2=-0.1), "adamw: b2"),
+        (lambda: optim.came(0.1, b3=1.5), "came: b3"),
+        (lambda: optim.adam(0.1, eps=0.0), "adam: eps is more than 0, got 0.0"),
+        (lambda: optim.came(0.1, eps=(1e-30, -1.0)), "came: eps"),
+        (lambda: optim.lars(0.1, eps=-1.0), "lars: eps is finite and at least 0"),
+        (lambda: optim.adamw(0.1, weight_decay=-1.0), "adamw: weight_decay"),
+        (lambda: optim.lion(0.1, weight_decay=float("nan")), "lion: weight_decay"),
+        (lambda: optim.lamb(0.1, weight_decay=-1.0), "weight_decay"),
+        (lambda: optim.sgd(0.1, momentum=1.0), "sgd: momentum"),
+        (lambda: optim.sgd(0.1, nesterov=True), "sgd: nesterov"),
+        (lambda: optim.adafactor(clip=0.0), "adafactor: clip is more than 0"),
+        (lambda: optim.adafactor(decay=0.8), "adafactor: decay is at most 0"),
+        (lambda: optim.galore(0.1, rank=0), "galore: rank is a whole number, at least 1, got 0"),
+        (lambda: optim.galore(0.1, every=0), "galore: every"),
+        (lambda: optim.adam8bit(0.1, block=0), "adam8bit: block"),
+        (lambda: optim.ema(optim.sgd(0.1), 1.0), "ema: decay"),
+        (lambda: optim.clip_by_global_norm(0.0), "clip_by_global_norm: limit"),
+        (lambda: optim.clip_by_value(-1.0), "clip_by_value: limit"),
+        (lambda: optim.loss_scale(optim.sgd(0.1), every=0), "loss_scale: every"),
+        (lambda: optim.schedules.warmup_cosine(1.0, warmup=5, steps=4), "warmup 5 is more than 4"),
+        (lambda: optim.chain(), "chain: of no transforms"),
+    ],
+)
+def test_numbers_are_checked_where_they_are_given(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_rates_may_be_schedules_tensors_and_zero() -> None:
+    params = {"w": sw.full((4,), 1.0, sw.make_mesh(MESH))}
+    for lr in (0, 0.0, torch.tensor(0.0), lambda step: step * 0.0):
+        opt = optim.adamw(lr)
+        new = opt.step(params, opt.init(params), params)[0]["w"]
+        assert new.full_tensor().tolist() == [1.0] * 4
+
+
+def test_empty_trees_and_matrices() -> None:
+    mesh = sw.make_mesh(MESH)
+    with pytest.raises(ValueError, match="the transform got no parameters"):
+        optim.clip_by_global_norm(1.0).init({})
+    params = {"none": sw.full((0, 4), 1.0, mesh), "w": sw.full((4, 4), 1.0, mesh)}
+    opt = optim.muon(0.1)
+    new, _ = opt.step(params, opt.init(params), params)
+    assert new["none"].shape == (0, 4)
+    assert not torch.equal(new["w"].full_tensor(), params["w"].full_tensor())
+
+
+def test_stage_3_refuses_a_matrix_that_only_its_rows_let_be_cut() -> None:
+    mesh = sw.make_mesh({"data": 2, "tensor": 2})
+    p = {"w": sw.shard(torch.ones(4, 6), mesh, "a b/tensor")}
+    with pytest.raises(sw.LayoutError, match=r"w is f32\[4 6/tensor\], whole over 'data'"):
+        optim.zero(optim.adamw(0.1), 3).init(p)

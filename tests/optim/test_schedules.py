@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import shardwise as sw
+from shardwise import optim
 from shardwise.optim import schedules
 
 clip = lambda x: min(max(x, 0.0), 1.0)  # noqa: E731
@@ -64,3 +65,23 @@ def test_wrong_schedules_are_refused() -> None:
         schedules.wsd(1.0, warmup=5, steps=10, decay=6)
     with pytest.raises(ValueError, match="2 schedules need 1 rising boundaries"):
         schedules.join([schedules.constant(1.0)] * 2, [3, 4])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_values_are_float64_of_tensors_and_numbers(name: str) -> None:
+    schedule, form = FORMS[name]
+    mesh = sw.make_mesh({"x": 2})
+    for t in range(15):
+        for step in (t, torch.tensor(t), sw.full((), t, mesh)):
+            value = schedule(step)
+            assert value.dtype is torch.float64
+            assert value.item() == pytest.approx(form(t), rel=1e-14, abs=1e-15)
+
+
+def test_a_constant_schedule_is_the_number() -> None:
+    p = {"w": sw.full((4,), 1.0, sw.make_mesh({"x": 2}), dtype=torch.float64)}
+    new = []
+    for lr in (0.1, schedules.constant(0.1)):
+        opt = optim.adamw(lr)
+        new.append(opt.step(p, opt.init(p), p)[0]["w"].full_tensor())
+    assert torch.equal(*new)

@@ -304,8 +304,8 @@ def test_stage_3_refuses_parameters_that_are_whole() -> None:
 
 def test_stage_3_takes_and_reports_what_the_strategy_leaves_whole() -> None:
     mesh = sw.make_mesh({"data": 2})
-    layouts = {"w": "a/data b", "bias": "layer b"}
-    params = sw.shard({"w": values(2, 3), "bias": values(2, 3)}, mesh, layouts)
+    layouts = {"w": "layer a/data b", "bias": "layer b"}
+    params = sw.shard({"w": values(2, 4, 3), "bias": values(2, 3)}, mesh, layouts)
     with pytest.warns(UserWarning, match=r"bias \(48 B\)"):
         optim.zero(optim.adam(0.1), 3).init(params)
     assert optim.left_whole(params, stage=3) == [("bias", 48)]

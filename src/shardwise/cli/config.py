@@ -378,4 +378,22 @@ def read_config(
         "optimizers": OPTIMIZERS,
         "schedules": tuple(SCHEDULES),
     }
-    return read_toml(Path(path), Config, Rules(known, derived, LATER, TOGETHER), overrides)
+    config = read_toml(Path(path), Config, Rules(known, derived, LATER, TOGETHER), overrides)
+    problems = [f"{path}: {text}" for text in _between(config)]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _between(config: Config) -> list[str]:
+    """What does not hold between several tables, each of which is right by itself."""
+    axes, table, found = config.mesh.axes, config.optimizer, []
+    missing = [axis for axis in config.zero.axes if axis not in axes]
+    if config.zero.stage and missing:
+        found.append(f"zero.axis: no axis {missing[0]!r} in [mesh]; its axes: {', '.join(axes)}")
+    if table.schedule == "wsd" and table.warmup + (table.decay or 0) > config.run.steps:
+        found.append(
+            f"optimizer.decay: optimizer.warmup, {table.warmup}, and decay, {table.decay}, are "
+            f"more than run.steps, {config.run.steps}"
+        )
+    return found

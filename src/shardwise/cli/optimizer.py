@@ -121,7 +121,8 @@ def schedule(table: OptimizerTable, steps: int) -> Function:
     """The learning rate as a function of the step."""
     end, fall = table.end or 0.0, table.decay or steps
     if table.schedule == "cosine":
-        return schedules.warmup_cosine(table.lr, warmup=table.warmup, steps=fall, end=end)
+        last = max(fall, table.warmup)  # a run that is cut short, to try it, only rises
+        return schedules.warmup_cosine(table.lr, warmup=table.warmup, steps=last, end=end)
     if table.schedule == "wsd":
         return schedules.wsd(table.lr, warmup=table.warmup, steps=steps, decay=fall, end=end)
     if table.schedule == "join":

@@ -72,16 +72,34 @@ def compare(saved: Settings, now: Settings, where: str) -> list[str]:
     >>> compare({"zero.stage": 0, "run.seed": 3}, {"zero.stage": 2, "run.seed": 3}, "run")
     ['  zero.stage: 0 when it was saved, now 2']
     """
+    saved, now = _named(saved), _named(now)
     lines = {
         key: f"  {key}: {_shown(saved, key)} when it was saved, now {_shown(now, key)}"
         for key in {**saved, **now}
         if saved.get(key) != now.get(key) and not key.startswith(SILENT)
     }
+    limit, place = "optimizer.skip_nonfinite", "memory.optimizer"
+    if limit in lines and place in lines and "disk" in (saved.get(place), now.get(place)):
+        reason = f"a state on disk takes no step back: {lines[limit].strip()}"
+        lines[limit] = f"{lines.pop(place)}; {reason}"  # the first decides the second
     fatal = [line for key, line in lines.items() if _matters(key, saved, now)]
     if fatal:
         advice = "set these back, or choose another path"
         raise ConfigError([f"{where} holds another run: {advice}", *fatal])
     return list(lines.values())
+
+
+def _named(settings: Settings) -> dict[str, Any]:
+    """The settings by the keys of the file, of which the flat ones hold some names of fields."""
+    found: dict[str, Any] = {}
+    scale = "optimizer.loss_scale"
+    for key, value in settings.items():
+        if not key.startswith(f"{scale}."):
+            name = key.replace("optimizer.hyper.", "optimizer.", 1)
+            found[name.replace("mesh.axes.", "mesh.", 1)] = value
+        elif key == f"{scale}.initial":
+            found[scale] = "dynamic" if settings.get(f"{scale}.is_dynamic") else value
+    return found
 
 
 def _matters(key: str, saved: Settings, now: Settings) -> bool:
