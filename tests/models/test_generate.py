@@ -296,7 +296,9 @@ def answers(index: int) -> list[list[int]]:
     return [
         row
         for given in ({}, options)
-        for row in models.generate(model, params, prompts(3), max_new_tokens=8, **given).tolist()
+        for row in models.generate(
+            model, params, prompts(3) % config.vocab, max_new_tokens=8, **given
+        ).tolist()
     ]
 
 
