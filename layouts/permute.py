@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,21 @@ _functorch = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
 
 
+class Move(Protocol):
+    """A linear move of whole shards along mesh axes, which no dim of a tensor enters."""
+
+    @property
+    def dual(self) -> Move:
+        """The way back."""
+        ...
+
+    def run(
+        self, shards: Sequence[Tensor], by: record.Context | None, backward: bool
+    ) -> list[Tensor]:
+        """Move the shards, on the record."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Shift:
     """A permutation at work: (from, to) positions over mesh axes, major to minor."""
@@ -41,6 +56,14 @@ class Shift:
     def dual(self) -> Shift:
         """The way back."""
         return Shift(self.mesh, self.axes, tuple(sorted((t, s) for s, t in self.pairs)))
+
+    def run(
+        self, shards: Sequence[Tensor], by: record.Context | None, backward: bool
+    ) -> list[Tensor]:
+        """Send the shards; recorded with the elements of one local operand."""
+        if record.LOGS:
+            record.collective("permute", self.mesh, self.axes, shards[0], by, None, backward)
+        return self.mesh.comm.permute(shards, self.axes, self.pairs)
 
     @property
     def is_identity(self) -> bool:
@@ -66,55 +89,46 @@ def checked(mesh: Mesh, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Shift:
     return Shift(mesh, axes, tuple(sorted((int(s), int(t)) for s, t in pairs)))
 
 
-def run(
-    shift: Shift, shards: Sequence[Tensor], by: record.Context | None, backward: bool
-) -> list[Tensor]:
-    """Send the shards; recorded with the elements of one local operand."""
-    if record.LOGS:
-        record.collective("permute", shift.mesh, shift.axes, shards[0], by, None, backward)
-    return shift.mesh.comm.permute(shards, shift.axes, shift.pairs)
-
-
-class Permute(torch.autograd.Function):
-    """A permutation of all shards of this process, with its dual as derivative."""
+class Moved(torch.autograd.Function):
+    """A move of all shards of this process, whole, with its dual as derivative."""
 
     @staticmethod
-    def forward(shift: Shift, by: Any, backward: bool, *shards: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        return tuple(run(shift, shards, by, backward))
+    def forward(move: Move, by: Any, backward: bool, *shards: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return tuple(move.run(shards, by, backward))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: D102
-        ctx.shift, ctx.by = inputs[0], inputs[1]
+        ctx.move, ctx.by = inputs[0], inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: D102
-        return None, None, None, *permuted(ctx.shift.dual, grads, ctx.by, True)
+        return None, None, None, *moved(ctx.move.dual, grads, ctx.by, True)
 
     @staticmethod
-    def jvp(ctx: Any, _shift: Any, _by: Any, _backward: Any, *tangents: Tensor) -> Any:  # noqa: D102
-        return tuple(permuted(ctx.shift, tangents, None))
+    def jvp(ctx: Any, _move: Any, _by: Any, _backward: Any, *tangents: Tensor) -> Any:  # noqa: D102
+        return tuple(moved(ctx.move, tangents, None))
 
     @staticmethod
-    def vmap(info: Any, dims: Any, shift: Shift, by: Any, backward: bool, *shards: Tensor) -> Any:  # noqa: D102
+    def vmap(info: Any, dims: Any, move: Move, by: Any, backward: bool, *shards: Tensor) -> Any:  # noqa: D102
         front = in_front(shards, dims[3:], info.batch_size)
-        return tuple(permuted(shift, front, by, backward)), (0,) * len(shards)
+        return tuple(moved(move, front, by, backward)), (0,) * len(shards)
 
 
 # The C apply, which skips the binding of the signature.
-_apply = super(torch.autograd.Function, Permute).apply  # pyright: ignore
+_apply = super(torch.autograd.Function, Moved).apply  # pyright: ignore
 
 
-def permuted(
-    shift: Shift, shards: Sequence[Tensor], by: record.Context | None, backward: bool = False
+def moved(
+    move: Move, shards: Sequence[Tensor], by: record.Context | None, backward: bool = False
 ) -> Sequence[Tensor]:
-    """A differentiable permutation: a node on every device, so that all meet in the backward."""
+    """A differentiable move: a node on every device, so that all meet in the backward."""
     if _functorch():
-        return Permute.apply(shift, by, backward, *shards)
+        return Moved.apply(move, by, backward, *shards)
     if (
         _grad_enabled() and any(s.requires_grad for s in shards)
     ) or _forward_ad._current_level >= 0:
-        return _apply(shift, by, backward, *shards)
-    return run(shift, shards, by, backward)
+        return _apply(move, by, backward, *shards)
+    return move.run(shards, by, backward)
 
 
 def permute_shards(
@@ -167,4 +181,4 @@ def permute_shards(
     if shift.is_identity:
         return x
     kind = x._type.with_layout(x.layout, x._type.grad and _grad_enabled())
-    return ShardedTensor(tuple(permuted(shift, x._shards, record.context())), kind)
+    return ShardedTensor(tuple(moved(shift, x._shards, record.context())), kind)

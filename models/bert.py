@@ -23,7 +23,7 @@ from ..layouts.strategy import Strategy
 from ..meshlib.errors import nearest
 from ..ops import nn, random
 from ..ops.random import Key
-from .config import Config
+from .config import EqualHeads
 from .model import Model, expect, expect_tokens
 from .names import Source
 from .transformer import Params, Place, attend, first_token, mlp, project, run_blocks, seen_keys
@@ -37,7 +37,7 @@ _CLASSES: dict[Task, str] = {
 
 
 @dataclass(frozen=True)
-class BERTConfig(Config):
+class BERTConfig(EqualHeads):
     """Sizes of a BERT; `ffn` 0 means four times `embed`.
 
     Attributes:
@@ -65,27 +65,12 @@ class BERTConfig(Config):
     task: Task = "pretrain"
 
     # `mixed` is embed again: the two dims of a square weight need different names
-    DERIVED = ("head_dim", "kv_heads", "mixed", "relations")
+    DERIVED = (*EqualHeads.DERIVED, "mixed", "relations")
 
     def __post_init__(self) -> None:
-        self.check_types()
-        if not self.ffn:
-            object.__setattr__(self, "ffn", 4 * self.embed)
         super().__post_init__()
-        if self.embed % self.heads:
-            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
         if self.task not in _CLASSES:
             raise ValueError(f"task: unknown {self.task!r}{nearest(self.task, _CLASSES)}")
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one head."""
-        return self.embed // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads: as many as query heads."""
-        return self.heads
 
     @property
     def mixed(self) -> int:

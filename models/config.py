@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..layouts.rows import Frozen
 from ..meshlib.errors import nearest
@@ -105,6 +105,36 @@ class Config:
         """True query heads to a key-value head."""
         sizes: Any = self.true_sizes
         return sizes["heads"] // sizes.get("kv_heads", sizes["heads"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualHeads(Config):
+    """Config whose heads share `embed`, also for keys and values; `ffn` 0 is four times embed."""
+
+    if TYPE_CHECKING:  # fields of every subclass
+        embed: int = 0
+        heads: int = 0
+        ffn: int = 0
+
+    DERIVED = ("head_dim", "kv_heads")
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        if not self.ffn:
+            object.__setattr__(self, "ffn", 4 * self.embed)
+        super().__post_init__()
+        if self.embed % self.heads:
+            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.embed // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads: as many as query heads."""
+        return self.heads
 
 
 def _rounded(size: int, multiple: int) -> int:

@@ -16,14 +16,14 @@ from ..layouts.reshard import reshard
 from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn, random
-from .config import Config
+from .config import EqualHeads
 from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, causal_model, mlp, project
 
 
 @dataclass(frozen=True)
-class GPT2Config(Config):
+class GPT2Config(EqualHeads):
     """Sizes of a GPT-2; `ffn` 0 means four times `embed`."""
 
     layer: int = 12
@@ -34,26 +34,6 @@ class GPT2Config(Config):
     ffn: int = 0
     dropout: float = 0.0
     eps: float = 1e-5
-
-    DERIVED = ("head_dim", "kv_heads")
-
-    def __post_init__(self) -> None:
-        self.check_types()
-        if not self.ffn:
-            object.__setattr__(self, "ffn", 4 * self.embed)
-        super().__post_init__()
-        if self.embed % self.heads:
-            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one head."""
-        return self.embed // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads: as many as query heads."""
-        return self.heads
 
 
 def declare(config: GPT2Config) -> dict[str, Any]:

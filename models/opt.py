@@ -20,7 +20,7 @@ from ..layouts.reshard import reshard
 from ..layouts.sharded import ShardedTensor
 from ..layouts.strategy import Strategy
 from ..ops import nn, random
-from .config import Config
+from .config import EqualHeads
 from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, causal_model, mlp, project
@@ -29,7 +29,7 @@ OFFSET = 2  # rows of the table of positions ahead of the first one
 
 
 @dataclass(frozen=True)
-class OPTConfig(Config):
+class OPTConfig(EqualHeads):
     """Sizes of an OPT; `ffn` 0 means four times `embed`, `word` 0 as wide as `embed`.
 
     Attributes:
@@ -56,28 +56,15 @@ class OPTConfig(Config):
     dropout: float = 0.0
     eps: float = 1e-5
 
-    DERIVED = ("head_dim", "kv_heads", "place")
+    DERIVED = (*EqualHeads.DERIVED, "place")
 
     def __post_init__(self) -> None:
         self.check_types()
-        for name, size in (("ffn", 4 * self.embed), ("word", self.embed)):
-            if not getattr(self, name):
-                object.__setattr__(self, name, size)
+        if not self.word:
+            object.__setattr__(self, "word", self.embed)
         super().__post_init__()
-        if self.embed % self.heads:
-            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
         if self.order not in ("pre", "post"):
             raise ValueError(f"order = {self.order!r}; expected 'pre' or 'post'")
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one head."""
-        return self.embed // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads: as many as query heads."""
-        return self.heads
 
     @property
     def place(self) -> int:

@@ -24,14 +24,14 @@ from ..meshlib.mesh import Mesh
 from ..ops import nn, random
 from ..ops.nn.patches import patch_embedding
 from ..ops.random import Key
-from .config import Config
+from .config import EqualHeads
 from .model import Model, expect
 from .names import Source
 from .transformer import Params, Place, attend, first_token, mlp, project, run_blocks
 
 
 @dataclass(frozen=True)
-class ViTConfig(Config):
+class ViTConfig(EqualHeads):
     """Sizes of a ViT; `ffn` 0 means four times `embed`.
 
     Attributes:
@@ -60,28 +60,13 @@ class ViTConfig(Config):
     eps: float = 1e-12
     qkv_bias: bool = True
 
-    DERIVED = ("head_dim", "kv_heads", "pixel", "position")
+    DERIVED = (*EqualHeads.DERIVED, "pixel", "position")
     PADDED = ("heads", "kv_heads", "ffn")
 
     def __post_init__(self) -> None:
-        self.check_types()
-        if not self.ffn:
-            object.__setattr__(self, "ffn", 4 * self.embed)
         super().__post_init__()
-        if self.embed % self.heads:
-            raise ValueError(f"embed {self.embed} is not a multiple of heads {self.heads}")
         if self.image % self.patch:
             raise ValueError(f"image {self.image} is not a multiple of patch {self.patch}")
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one head."""
-        return self.embed // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads: as many as query heads."""
-        return self.heads
 
     @property
     def pixel(self) -> int:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ...layouts.convert import convert, relabelled
 from ...layouts.layout import State, make, with_state
-from ...layouts.permute import permute_shards
+from ...layouts.permute import moved, permute_shards
 from ...layouts.sharded import ShardedTensor, make_type
 from ...meshlib import record
 from ...meshlib.errors import LayoutError, word
 from ...meshlib.source import user_line
 from .. import einops
 from .local import MESH
-from .rooted import Kind, Rooted, rooted
+from .rooted import Kind, Rooted
 
 
 def _state(x: Any, axis: str, op: str, allowed: tuple[str, ...]) -> None:
@@ -279,7 +279,7 @@ def _rooted(x: ShardedTensor, axis: str, root: int, kind: Kind, after: State) ->
     if not 0 <= root < n:
         raise ValueError(f"{kind}: root must be a position 0..{n - 1} of {axis!r}, got {root}")
     with record.acting(kind, "shard_map"):
-        shards = rooted(Rooted(x.mesh, axis, root, kind), x._shards, record.context())
+        shards = moved(Rooted(x.mesh, axis, root, kind), x._shards, record.context())
     kind_after = x._type.with_layout(
         with_state(x.layout, axis, after), x._type.grad and torch.is_grad_enabled()
     )

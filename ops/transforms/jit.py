@@ -129,8 +129,8 @@ class Jitted:
         self.last = program
         with torch.no_grad():
             result = program(shards)
-        for number in self.donated:
-            give_up(args[number], result)
+        if self.donated:
+            give_up([args[number] for number in self.donated], result)
         return result
 
     def _program(
@@ -172,6 +172,8 @@ class Jitted:
         Not where storages are shared, as replicas of a simulated mesh do: the code would write over
         what another shard has yet to read.
         """
+        if not self.donated:
+            return []
         positions: list[tuple[int, int]] = []
         counts: dict[int, int] = {}
         at = 0
