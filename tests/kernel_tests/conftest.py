@@ -2,12 +2,16 @@
 
 On a bare GPU machine:
 
-    python -m pytest --confcutdir=tests/kernel_tests tests/kernel_tests/test_device.py
+    python -m pytest --confcutdir=tests/kernel_tests tests/kernel_tests/test_device*.py
 
-A new op in kernels/<name>.py, with Triton in kernels/<name>_triton.py, is tested once it has a row
-in kernel_samples.SAMPLES (every transform, opcheck), a file interpret_<name>.py (its kernels,
-interpreted), rows in sm90_cases.CASES with `pytest --update-golden` for each Triton release in
-sm90.json (the static gate), and a place in test_device.py.
+A family of ops is kernels/<name>.py with Triton in kernels/<name>_triton.py, and here
+
+    samples_<name>.py       arguments of each op: every transform, opcheck (test_torture.py)
+    interpret_<name>.py     its kernels, interpreted (test_interpreter.py runs the files)
+    sm90_<name>.py          what the static gate compiles; its figures are in sm90/<name>.json
+    test_device_<name>.py   on a GPU
+
+with rows for its benchmark in benchmarks/kernel_rows/<name>.py.
 """
 
 import importlib.util
