@@ -46,7 +46,7 @@ def tune(copy: float, only: str) -> None:
     logits, labels = normal(tokens, vocab), torch.randint(0, vocab, (tokens,), device=DEVICE)
     lse, target = torch.ones(2, tokens, device=DEVICE)
     result, row, logit = logits.clone(), 2.0 * rows * size, 2.0 * tokens * vocab
-    per_token = lse, target, logits, labels, lse, result, 0
+    per_token = lse, target, logits, labels, lse, result, 0, vocab
     # Name, kind, the shipped launch, bytes moved, and the launcher; it takes the launch last.
     kernels: list[tuple[str, str, Launch, float, Callable[..., Any], tuple[Any, ...]]] = [
         ("rms_norm", "forward", tn.forward_launch(size), 2 * row,
@@ -54,11 +54,11 @@ def tune(copy: float, only: str) -> None:
         ("rms_norm_backward", "backward", tn.backward_launch(size), 3 * row,
          tn.backward, (g, x, w, None, rstd, None)),
         ("cross_entropy_parts", "read", tce.reading_launch(vocab), logit,
-         tce.launch_parts, (logits, labels, lse, target, 0)),
+         tce.launch_parts, (logits, labels, lse, target, 0, vocab)),
         ("cross_entropy_parts_backward", "write", tce.writing_launch(vocab), 2 * logit,
          tce.launch_grad, per_token),
         ("loss_and_grad", "read", tce.reading_launch(vocab), 2 * logit,
-         tce.launch_loss_and_grad, (result, labels, lse, target)),
+         tce.launch_loss_and_grad, (result, labels, lse, target, vocab)),
     ]  # fmt: skip
     for name, kind, shipped, moved, launch, args in kernels:
         if only not in name:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cross_entropy as twins
+from .cross_entropy import counted
 from .launch import Launch, empty, power_of_two
 
 
@@ -33,38 +34,52 @@ def writing_launch(size: int) -> Launch:
 
 
 @triton.jit
-def row_lse(at, SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def row_lse(at, SIZE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Full tiles without masks; what is left in a smaller one, which reads padding too.
+
+    A mask that ends at any number makes loads narrow, and masks in the loop cost registers.
+    """
+    FULL: tl.constexpr = COUNT // BLOCK * BLOCK
     col = tl.arange(0, BLOCK)
     largest = float("-inf")
     shift = 0.0
     total = tl.zeros([BLOCK], tl.float32)
-    for first in tl.range(0, SIZE, BLOCK, num_stages=STAGES):
-        v = tl.load(at + first + col, mask=first + col < SIZE, other=float("-inf")).to(tl.float32)
+    for first in tl.range(0, FULL, BLOCK, num_stages=STAGES):
+        v = tl.load(at + first + col).to(tl.float32)
         largest = tl.maximum(largest, tl.max(v, axis=0))
         new = tl.where(largest == float("-inf"), 0.0, largest)  # no -inf - -inf
         total = total * tl.exp(shift - new) + tl.exp(v - new)
         shift = new
-    return shift + tl.log(tl.sum(total, axis=0))
+    whole = tl.sum(total, axis=0)
+    if FULL < COUNT:
+        rest = FULL + tl.arange(0, triton.next_power_of_2(COUNT - FULL))
+        v = tl.load(at + rest, mask=rest < SIZE, other=float("-inf")).to(tl.float32)
+        v = tl.where(rest < COUNT, v, float("-inf"))
+        largest = tl.maximum(largest, tl.max(v, axis=0))
+        new = tl.where(largest == float("-inf"), 0.0, largest)
+        whole = whole * tl.exp(shift - new) + tl.sum(tl.exp(v - new), axis=0)
+        shift = new
+    return shift + tl.log(whole)
 
 
 @triton.jit(do_not_specialize=["start"])
 def parts_forward(
     logits, labels, lse, target, start,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    SIZE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = logits + tl.cast(row, tl.int64) * SIZE
     label = tl.load(labels + row) - start
-    held = (label >= 0) & (label < SIZE)
+    held = (label >= 0) & (label < COUNT)
     wanted = tl.load(at + label, mask=held, other=0.0).to(tl.float32)
     tl.store(target + row, wanted)
-    tl.store(lse + row, row_lse(at, SIZE, BLOCK, STAGES))
+    tl.store(lse + row, row_lse(at, SIZE, COUNT, BLOCK, STAGES))
 
 
 @triton.jit(do_not_specialize=["start", "rows"])
 def parts_grad(
     grad_lse, grad_target, logits, labels, lse, result, start, rows,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     row = rows - 1 - tl.program_id(0) // tiles
@@ -72,103 +87,118 @@ def parts_grad(
     at = tl.cast(row, tl.int64) * SIZE + col
     v = tl.load(logits + at, mask=col < SIZE, other=0.0).to(tl.float32)
     label = tl.load(labels + row) - start
-    grad = tl.exp(v - tl.load(lse + row)) * tl.load(grad_lse + row)
+    s = tl.load(lse + row)
+    s = tl.where(s == float("-inf"), 0.0, s)  # a block of padding alone
+    grad = tl.exp(v - s) * tl.load(grad_lse + row)
     grad = tl.where(col == label, grad + tl.load(grad_target + row), grad)
+    grad = tl.where(col < COUNT, grad, 0.0)
     tl.store(result + at, grad.to(result.dtype.element_ty), mask=col < SIZE)
 
 
 @triton.jit
 def loss_and_grad(
     logits, labels, scale, loss,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    SIZE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = logits + tl.cast(row, tl.int64) * SIZE
     label = tl.load(labels + row)
-    held = (label >= 0) & (label < SIZE)
+    held = (label >= 0) & (label < COUNT)
     wanted = tl.load(at + label, mask=held, other=0.0).to(tl.float32)
     s = tl.load(scale + row)
-    lse = row_lse(at, SIZE, BLOCK, STAGES)
+    lse = row_lse(at, SIZE, COUNT, BLOCK, STAGES)
     tl.store(loss + row, lse - wanted)
-    for first in tl.range(0, SIZE, BLOCK, num_stages=STAGES):
+    FULL: tl.constexpr = COUNT // BLOCK * BLOCK
+    for first in tl.range(0, FULL, BLOCK, num_stages=STAGES):
         col = first + tl.arange(0, BLOCK)
-        v = tl.load(at + col, mask=col < SIZE, other=0.0).to(tl.float32)
-        grad = tl.where(col == label, tl.exp(v - lse) - 1.0, tl.exp(v - lse)) * s
+        p = tl.exp(tl.load(at + col).to(tl.float32) - lse)
+        grad = tl.where(col == label, p - 1.0, p) * s
+        tl.store(at + col, grad.to(logits.dtype.element_ty))
+    for first in tl.range(FULL, SIZE, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        p = tl.exp(tl.load(at + col, mask=col < SIZE, other=0.0).to(tl.float32) - lse)
+        grad = tl.where(col == label, p - 1.0, p) * s
+        grad = tl.where(col < COUNT, grad, 0.0)
         tl.store(at + col, grad.to(logits.dtype.element_ty), mask=col < SIZE)
 
 
 def launch_parts(
-    logits: Tensor, labels: Tensor, lse: Tensor, target: Tensor, start: int,
+    logits: Tensor, labels: Tensor, lse: Tensor, target: Tensor, start: int, stop: int,
     how: Launch | None = None,
 ) -> None:  # fmt: skip
     """Fill lse and target of contiguous logits [rows, size]."""
     size = logits.shape[-1]
+    count = counted(size, start, stop)
     how = how or reading_launch(size)
     if labels.numel():
         parts_forward[(labels.numel(),)](
             logits, labels, lse, target, start,
-            SIZE=size, BLOCK=how.block, STAGES=how.stages, num_warps=how.warps,
+            SIZE=size, COUNT=count, BLOCK=how.block, STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
 
 
 def launch_grad(
     grad_lse: Tensor, grad_target: Tensor, logits: Tensor, labels: Tensor, lse: Tensor,
-    result: Tensor, start: int, how: Launch | None = None,
+    result: Tensor, start: int, stop: int, how: Launch | None = None,
 ) -> None:  # fmt: skip
     """Fill `result`, which may be the logits themselves, with their gradient."""
     size = logits.shape[-1]
+    count = counted(size, start, stop)
     how = how or writing_launch(size)
     if labels.numel():
         parts_grad[(labels.numel() * triton.cdiv(size, how.block),)](
             grad_lse, grad_target, logits, labels, lse, result, start, labels.numel(),
-            SIZE=size, BLOCK=how.block, num_warps=how.warps,
+            SIZE=size, COUNT=count, BLOCK=how.block, num_warps=how.warps,
         )  # fmt: skip
 
 
 def launch_loss_and_grad(
-    logits: Tensor, labels: Tensor, scale: Tensor, loss: Tensor, how: Launch | None = None
-) -> None:
+    logits: Tensor, labels: Tensor, scale: Tensor, loss: Tensor, stop: int,
+    how: Launch | None = None,
+) -> None:  # fmt: skip
     """Fill loss [rows]; the logits become `scale` times the gradient of each row's loss."""
     size = logits.shape[-1]
+    count = counted(size, 0, stop)
     how = how or reading_launch(size)
     if labels.numel():
         loss_and_grad[(labels.numel(),)](
             logits, labels, scale, loss,
-            SIZE=size, BLOCK=how.block, STAGES=how.stages, num_warps=how.warps,
+            SIZE=size, COUNT=count, BLOCK=how.block, STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
 
 
-def parts(logits: Tensor, labels: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def parts(logits: Tensor, labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     if logits.dtype == torch.float64:
-        return twins._parts(logits, labels, start)
+        return twins._parts(logits, labels, start, stop)
     lse, target = (empty(labels.shape, logits, torch.float32) for _ in range(2))
-    launch_parts(logits.contiguous(), labels.contiguous(), lse, target, start)
+    launch_parts(logits.contiguous(), labels.contiguous(), lse, target, start, stop)
     return lse, target
 
 
 def parts_backward(
-    grad_lse: Tensor, grad_target: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, start: int
-) -> Tensor:
+    grad_lse: Tensor, grad_target: Tensor, logits: Tensor, labels: Tensor, lse: Tensor,
+    start: int, stop: int,
+) -> Tensor:  # fmt: skip
     if logits.dtype == torch.float64:
-        return twins._parts_backward(grad_lse, grad_target, logits, labels, lse, start)
+        return twins._parts_backward(grad_lse, grad_target, logits, labels, lse, start, stop)
     logits, labels, result = logits.contiguous(), labels.contiguous(), empty(logits.shape, logits)
     per_row = grad_lse.contiguous(), grad_target.contiguous(), logits, labels, lse.contiguous()
-    launch_grad(*per_row, result, start)
+    launch_grad(*per_row, result, start, stop)
     return result
 
 
 def linear_parts(
-    hidden: Tensor, weight: Tensor, labels: Tensor, start: int, chunk: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, start: int, stop: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
     if hidden.dtype == torch.float64:
-        return twins._linear_parts(hidden, weight, labels, start, chunk)
+        return twins._linear_parts(hidden, weight, labels, start, stop, chunk)
     labels = labels.contiguous()
     lse, target = (empty(labels.shape, hidden, torch.float32) for _ in range(2))
     logits = empty((min(chunk, len(hidden)), len(weight)), hidden)
     per_row = hidden, labels, lse, target
     for h, t, s, g in zip(*(a.split(chunk) for a in per_row), strict=True):
         torch.mm(h, weight.T, out=logits[: len(h)])
-        launch_parts(logits, t, s, g, start)
+        launch_parts(logits[: len(h)], t, s, g, start, stop)
     return lse, target
 
 
@@ -180,29 +210,30 @@ def linear_parts_backward(
     labels: Tensor,
     lse: Tensor,
     start: int,
+    stop: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     operands = grad_lse, grad_target, hidden, weight, labels, lse
     if hidden.dtype == torch.float64:
-        return twins._linear_parts_backward(*operands, start, chunk)
+        return twins._linear_parts_backward(*operands, start, stop, chunk)
     gl, gt, hidden, weight, labels, lse = (a.contiguous() for a in operands)
 
     def fill(logits: Tensor, at: slice) -> None:
-        launch_grad(gl[at], gt[at], logits, labels[at], lse[at], logits, start)
+        launch_grad(gl[at], gt[at], logits, labels[at], lse[at], logits, start, stop)
 
     return _grads(hidden, weight, chunk, fill)
 
 
 def linear(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, chunk: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, stop: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if hidden.dtype == torch.float64:
-        return twins._linear(hidden, weight, labels, scale, chunk)
+        return twins._linear(hidden, weight, labels, scale, stop, chunk)
     labels, scale = labels.contiguous(), scale.contiguous()
     each = empty(labels.shape, hidden, torch.float32)
 
     def fill(logits: Tensor, at: slice) -> None:
-        launch_loss_and_grad(logits, labels[at], scale[at], each[at])
+        launch_loss_and_grad(logits, labels[at], scale[at], each[at], stop)
 
     grads = _grads(hidden.contiguous(), weight.contiguous(), chunk, fill)
     return (each * scale).sum(), each, *grads

@@ -64,7 +64,8 @@ def define(
     Args:
         schema: "name(Tensor x, float eps) -> (Tensor y, Tensor rstd)"; every result is named. An op
             changes none of its inputs, and no result shares memory with an input or another result
-            (inductor computes wrong numbers where one does).
+            (inductor computes wrong numbers where one does). Lists of tensors (`Tensor[] x`) may
+            stand for arguments and results; such an op has no derivative.
         twin: the op in plain torch: what a CPU tensor runs, what the tests compare with, and the
             derivative in forward mode. Contiguous results, differentiable to any order.
         cuda: what a CUDA tensor runs: a function, or "module:function" of this package, imported at
@@ -80,8 +81,8 @@ def define(
             None: a loop over the batch.
 
     Raises:
-        ValueError: a result has no name, an input has a default value, or the backward's
-            parameters name nothing of the schema.
+        ValueError: a result has no name, an input has a default value, the backward's parameters
+            name nothing of the schema, or an op on lists has a backward.
 
     >>> from shardwise.kernels.registry import define
     >>> cube = define("doc_cube(Tensor x) -> Tensor y", twin=lambda x: x**3,
@@ -96,14 +97,16 @@ def define(
         raise ValueError(f"{name}: every result needs a name: {schema!r}")
     if any(a.has_default_value() for a in parsed.arguments):
         raise ValueError(f"{name}: defaults belong to the function around the op: {schema!r}")
+    lists = any("List[Tensor]" in str(a.type) for a in (*parsed.arguments, *parsed.returns))
+    if lists and backward is not None:
+        raise ValueError(f"{name}: an op on lists of tensors has no backward: {schema!r}")
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     cuda = _lazily(cuda) if isinstance(cuda, str) else cuda
     _LIBRARY.impl(name, twin, "CPU")
     _LIBRARY.impl(name, cuda or twin, "CUDA")
-    _LIBRARY.impl(
-        name, _autograd(op, twin, backward, inputs, outputs), "Autograd", with_keyset=True
-    )
+    derived = _underived(op) if lists else _autograd(op, twin, backward, inputs, outputs)
+    _LIBRARY.impl(name, derived, "Autograd", with_keyset=True)
     torch.library.register_fake(op, fake or twin, lib=_LIBRARY)
     torch.library.register_vmap(op, vmap or looped(op), lib=_LIBRARY)
     tensors = tuple(i for i, a in enumerate(parsed.arguments) if "Tensor" in str(a.type))
@@ -170,15 +173,27 @@ def looped(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         each = [
-            _tuple(
-                op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
-            )
+            _tuple(op(*(_select(a, d, i) for a, d in zip(args, dims, strict=True))))
             for i in range(info.batch_size)
         ]
-        stacked = tuple(torch.stack(list(column)) for column in zip(*each, strict=True))
-        return (stacked, (0,) * len(stacked)) if len(op._schema.returns) > 1 else (stacked[0], 0)
+        stacked = tuple(_stack(column) for column in zip(*each, strict=True))
+        places = tuple([0] * len(r) if isinstance(r, list) else 0 for r in stacked)
+        return (stacked, places) if len(op._schema.returns) > 1 else (stacked[0], places[0])
 
     return rule
+
+
+def _select(a: Any, dim: Any, i: int) -> Any:
+    """Element i of the batch, of a tensor or of each in a list."""
+    if isinstance(dim, list | tuple):
+        return [_select(b, d, i) for b, d in zip(a, dim, strict=True)]
+    return a if dim is None else a.select(dim, i)
+
+
+def _stack(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], list):
+        return [torch.stack(list(each)) for each in zip(*column, strict=True)]
+    return torch.stack(list(column))
 
 
 def _leading(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -247,6 +262,23 @@ def _autograd(
             return twin(*args)
         with enable_single_level_autograd_function():
             return node.apply(keys, *args)
+
+    return call
+
+
+def _underived(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The Autograd kernel of an op on lists, which has no derivative and says so at once."""
+
+    def call(keys: Any, *args: Any) -> Any:
+        held = [t for a in args for t in (a if isinstance(a, list | tuple) else (a,))]
+        forward = forward_ad._current_level >= 0 and any(_has_tangent(t) for t in held)
+        wanted = torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in held
+        )
+        if forward or wanted:
+            raise RuntimeError(f"{op._schema.name} has no derivative: detach its inputs")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     return call
 

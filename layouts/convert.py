@@ -61,6 +61,7 @@ LETTER: dict[Any, str] = {"replicated": "I", "reduced": "R", "unreduced": "U", "
 MOVES: frozenset[Verb] = frozenset({"all_gather", "all_to_all", "reduce_scatter", "all_reduce"})
 
 SUMS: frozenset[Verb] = frozenset({"all_reduce", "reduce_scatter"})
+COLLECTORS: list[Any] = []  # open ones take conversions over, to begin them ahead of their use
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,19 @@ def _dual(state: State) -> State:
     return swapped.get(state, state)
 
 
+def written(step: Step, operand: Tensor, by: record.Context | None, backward: bool) -> None:
+    """Write the collective of a step to the open records."""
+    record.collective(
+        step.verb,  # pyright: ignore
+        step.mesh,
+        step.axes,
+        operand,
+        by,
+        "sum" if step.verb in SUMS else None,
+        backward,
+    )
+
+
 def run(
     step: Step, shards: Sequence[Tensor], by: record.Context | None, backward: bool
 ) -> list[Tensor]:
@@ -114,15 +128,7 @@ def run(
         plain = Step(mesh, axes, step.before, step.after)
         return [s.to(narrow) for s in run(plain, [s.to(wide) for s in shards], by, backward)]
     if verb in MOVES and record.LOGS:
-        record.collective(
-            verb,  # pyright: ignore
-            mesh,
-            axes,
-            shards[0],
-            by,
-            "sum" if verb in SUMS else None,
-            backward,
-        )
+        written(step, shards[0], by, backward)
     if verb == "none":
         return [s.view_as(s) for s in shards]
     comm = mesh.comm
@@ -306,11 +312,13 @@ def convert(
     grad = kind.grad and _grad_enabled()
     if grad != after.grad:
         after = after.with_layout(after.layout, grad)
+    if COLLECTORS and COLLECTORS[-1].takes(x, step, grad):
+        return COLLECTORS[-1].add(x, step, after, save)
     if step.verb == "none":
         return _relabel(x, step, after, grad)
     by = record.context()
     if by is not None:
-        by = _noted(x, step, by)
+        by = noted(x, step, by)
     out = tuple(convert_shards(step, x._shards, by))
     if save == "shard" and grad and step.verb == "all_gather" and not _functorch():
         held = [s.detach() for s in x._shards]
@@ -340,7 +348,7 @@ def _relabel(x: ShardedTensor, step: Step, after: Type, grad: bool) -> ShardedTe
         if shards is None:
             by = record.context()
             if by is not None:
-                by = _noted(x, step, by)
+                by = noted(x, step, by)
             shards = memo[after] = tuple(convert_shards(step, x._shards, by))
         result = ShardedTensor(shards, after)
         result._origin = x
@@ -350,7 +358,7 @@ def _relabel(x: ShardedTensor, step: Step, after: Type, grad: bool) -> ShardedTe
     return result
 
 
-def _noted(x: ShardedTensor, step: Step, by: record.Context) -> record.Context:
+def noted(x: ShardedTensor, step: Step, by: record.Context) -> record.Context:
     """The context with the parameter's path; warns when the same tensor moves twice."""
     path = getattr(x, "_path", None)
     if step.verb in ("all_gather", "all_reduce") and step.mesh.group_size(step.axes) > 1:

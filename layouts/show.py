@@ -183,7 +183,8 @@ def _rows(s: Strategy) -> Sequence[Part]:
         (role, s.rest.get(role, ""), s.compute.get(role, ""))
         for role in dict.fromkeys([*s.rest, *s.compute])
     ]
-    dtypes = [(name, DTYPES.get(dtype, str(dtype))) for name, dtype in vars(s.precision).items()]
+    dtypes = [(name, DTYPES.get(dtype, str(dtype))) for name, dtype in s.precision.dtypes.items()]
+    dtypes += [("fp8", "true")] if s.precision.fp8 else []
     tables = [
         Table(("parameter", "at rest", "at use"), tuple(params)),
         Table(("activation", "layout"), tuple(s.activations.items())),

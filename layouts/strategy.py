@@ -357,7 +357,8 @@ not divisible by 4 ('tensor'); pad it: pad.heads = 4
             lines += [f"{_quoted(k)} = {_quoted(row)}" for k, row in getattr(self, name).items()]
         names = {dtype: name for name, dtype in DTYPES.items()}
         lines += ["", "[precision]"]
-        lines += [f'{name} = "{names[dtype]}"' for name, dtype in vars(self.precision).items()]
+        lines += [f'{name} = "{names[dtype]}"' for name, dtype in self.precision.dtypes.items()]
+        lines += ["fp8 = true"] if self.precision.fp8 else []
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:

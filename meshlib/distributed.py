@@ -26,12 +26,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import MeshError
 from .simulated import SimulatedTransport
-from .transport import Axes, ReduceOp, Shards, Transport
+from .traced import watched
+from .transport import Axes, Finish, ReduceOp, Shards, Transport
+from .wire import Group as _Group
+from .wire import described as _type
+from .wire import join as _join
+from .wire import reduce_op as _reduce_op
+from .wire import stack as _stack
+from .wire import summand as _summand
+from .wire import wire as _wire
 
 # All that torch calls private; tests/processes fails loudly when a release changes one of them.
 _new_group: Callable[..., Any] = c10d._new_process_group_helper  # new_group, under our own name
@@ -39,10 +49,8 @@ _default_store: Callable[[], c10d.Store] = c10d._get_default_store
 _group_ranks: dict[dist.ProcessGroup, dict[int, int]] = c10d._world.pg_group_ranks
 _all_gather: Callable[..., Any] = dist.ProcessGroup._allgather_base
 _reduce_scatter: Callable[..., Any] = dist.ProcessGroup._reduce_scatter_base
+_watchers: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_NATIVE = frozenset((*_FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8))
-_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _TEXT_BYTES = 256  # size of the description that ranks exchange before a checked collective
 
 
@@ -74,6 +82,7 @@ class _Session(NamedTuple):
 _session: _Session | None = None
 _starts = itertools.count()
 _held: list[dict[Axes, _Group | None]] = []  # the groups of every transport, for `shutdown`
+_names: set[str] = set()  # by which graphs find groups
 
 
 def job(device: str | torch.device | None = None) -> Job:
@@ -118,6 +127,10 @@ def shutdown() -> None:
     # A group joins its threads when its last reference goes. Later than this, Python is being torn
     # down, and a thread that then asks for the interpreter's lock aborts the process.
     _process_group.cache_clear()
+    if dist.is_initialized():  # else torch has forgotten them already
+        for name in _names:
+            _unregister_process_group(name)  # pyright: ignore[reportArgumentType]
+    _names.clear()
     for groups in _held:
         groups.clear()
     _held.clear()
@@ -168,7 +181,8 @@ def _await_members(group: dist.ProcessGroup, device: torch.device) -> None:
     NCCL connects at the first collective, so there is nothing to wait for.
     """
     if device.type == "cpu":
-        group.allreduce([torch.zeros(1)]).wait()
+        with _disable_current_modes():  # the group may be first used by a trace
+            group.allreduce([torch.zeros(1)]).wait()
 
 
 @cache
@@ -256,14 +270,6 @@ def _process_group(ranks: tuple[int, ...], attempt: str, device: torch.device) -
     return group
 
 
-class _Group(NamedTuple):
-    pg: dist.ProcessGroup
-    size: int
-    position: int  # this process's, over the axes in the order given
-    order: tuple[int, ...]  # rank within pg of each position
-    is_ordered: bool  # whether `order` counts up, so that memory is in order of position
-
-
 class DistributedTransport:
     """The shard of this process, of a mesh whose devices are processes of the job.
 
@@ -296,6 +302,9 @@ class DistributedTransport:
         self._groups: dict[Axes, _Group | None] = {}
         _held.append(self._groups)
         self._serial = 0
+        names = ", ".join(f"{name}={size}" for name, size in self.axes.items())
+        whole = self.ranks == tuple(range(current.size))
+        self.key = names if whole else f"{names} on {','.join(map(str, self.ranks))}"
         for axis in self.axes:
             self._group((axis,))
         if check:
@@ -306,42 +315,92 @@ class DistributedTransport:
         group = self._group(axes)
         return group and group.pg
 
+    def named_group(self, axes: Axes) -> str:
+        """The name by which functional collectives find the group over `axes`.
+
+        It says the axes and not the members or the attempt: the graphs of all ranks and of a
+        restarted job are alike, and compiled code is found again.
+        """
+        group = self._group(axes)
+        assert group is not None
+        cut = [axis for axis, size in self.axes.items() if axis in axes and size > 1]
+        name = f"{'/'.join(cut)} of {self.key}"
+        if name not in _names:
+            _register_process_group(name, group.pg)  # pyright: ignore[reportArgumentType]
+            _names.add(name)
+        return name
+
     def all_reduce(self, shards: Shards, axes: Axes, op: ReduceOp = "sum") -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "all_reduce", shards, axes, op)
+        return self.start_all_reduce(shards, axes, op)()
+
+    def start_all_reduce(self, shards: Shards, axes: Axes, op: ReduceOp = "sum") -> Finish:
+        """`all_reduce`, begun."""
         (x,) = shards
         group = self._enter("all_reduce", x, axes, op)
         out = x.clone(memory_format=torch.contiguous_format)
-        if group is not None:
-            wire, options = _summand(out), dist.AllreduceOptions()
-            options.reduceOp = _reduce_op(x, op)
-            self._finish(group.pg.allreduce([wire], options), "all_reduce", axes)
-        return [out]
+        if group is None:
+            return lambda: [out]
+        wire, options = _summand(out), dist.AllreduceOptions()
+        options.reduceOp = _reduce_op(x, op)
+        work = group.pg.allreduce([wire], options)
+
+        def finish() -> list[Tensor]:
+            self._finish(work, "all_reduce", axes)
+            return [out]
+
+        return finish
 
     def all_gather(self, shards: Shards, axes: Axes, dim: int) -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "all_gather", shards, axes, dim)
+        return self.start_all_gather(shards, axes, dim)()
+
+    def start_all_gather(self, shards: Shards, axes: Axes, dim: int) -> Finish:
+        """`all_gather`, begun."""
         (x,) = shards
         group = self._enter("all_gather", x, axes, f"dim={dim}")
         if group is None:
-            return [x.clone()]
-        stack = x.new_empty((group.size, *x.shape))
-        self._finish(_all_gather(group.pg, _wire(stack), _wire(x)), "all_gather", axes)
-        return [_join(stack, group, dim)]
+            return lambda: [x.clone()]
+        stack, wire = x.new_empty((group.size, *x.shape)), _wire(x)
+        work = _all_gather(group.pg, _wire(stack), wire)
+
+        def finish(_sent: Tensor = wire) -> list[Tensor]:
+            self._finish(work, "all_gather", axes)
+            return [_join(stack, group, dim)]
+
+        return finish
 
     def reduce_scatter(self, shards: Shards, axes: Axes, dim: int) -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "reduce_scatter", shards, axes, dim)
+        return self.start_reduce_scatter(shards, axes, dim)()
+
+    def start_reduce_scatter(self, shards: Shards, axes: Axes, dim: int) -> Finish:
+        """`reduce_scatter`, begun."""
         (x,) = shards
         group = self._enter("reduce_scatter", x, axes, f"dim={dim}")
         if group is None:
-            return [x.clone()]
+            return lambda: [x.clone()]
         stack = _stack(x, group, dim)
         out = stack.new_empty(stack.shape[1:])
         options = dist.ReduceScatterOptions()
         options.reduceOp = _reduce_op(x, "sum")
         whole, part = _summand(stack).view(-1), _summand(out).view(-1)
         work = _reduce_scatter(group.pg, part, whole, options)
-        self._finish(work, "reduce_scatter", axes)
-        return [out]
+
+        def finish(_sent: Tensor = whole) -> list[Tensor]:
+            self._finish(work, "reduce_scatter", axes)
+            return [out]
+
+        return finish
 
     def all_to_all(
         self, shards: Shards, axes: Axes, split_dim: int, concat_dim: int
     ) -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "all_to_all", shards, axes, split_dim, concat_dim)
         (x,) = shards
         group = self._enter("all_to_all", x, axes, f"split_dim={split_dim} concat_dim={concat_dim}")
         if group is None:
@@ -352,6 +411,8 @@ class DistributedTransport:
         return [_join(stack, group, concat_dim)]
 
     def permute(self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "permute", shards, axes, pairs)
         (x,) = shards
         source = {t: s for s, t in pairs}
         group = self._enter("permute", x, axes, " ".join(f"{s}>{t}" for s, t in pairs))
@@ -376,6 +437,8 @@ class DistributedTransport:
         return [out]
 
     def broadcast(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "broadcast", shards, axes, root)
         (x,) = shards
         group = self._enter("broadcast", x, axes, f"root={root}")
         if group is None or group.position == root:
@@ -390,6 +453,8 @@ class DistributedTransport:
         return [out]
 
     def reduce(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        if _watchers() and self._group(axes) is not None:
+            return watched(self, self.key, "reduce", shards, axes, root)
         (x,) = shards
         group = self._enter("reduce", x, axes, f"root={root}")
         out = x.clone(memory_format=torch.contiguous_format)
@@ -508,40 +573,3 @@ def _fixed(text: str) -> bytes:
         mark = f"... {hashlib.blake2b(data, digest_size=8).hexdigest()}".encode()
         data = data[: _TEXT_BYTES - len(mark)] + mark
     return data.ljust(_TEXT_BYTES)
-
-
-def _type(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}[{' '.join(map(str, x.shape))}]"
-
-
-def _wire(x: Tensor) -> Tensor:
-    """Flat, contiguous, of a dtype that any backend moves; the memory of a contiguous x."""
-    flat = x.contiguous().view(-1)
-    return flat if x.dtype in _NATIVE else flat.view(torch.uint8)
-
-
-def _summand(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.dtype == torch.bool else x
-
-
-def _reduce_op(x: Tensor, op: ReduceOp) -> Any:
-    return _REDUCE["max" if x.dtype == torch.bool and op == "sum" else op]
-
-
-def _stack(x: Tensor, group: _Group, dim: int) -> Tensor:
-    """The blocks of x along `dim`, on a new first dim, in the group's own order of members."""
-    dim %= x.ndim
-    shape, n = x.shape, group.size
-    blocks = x.view(*shape[:dim], n, shape[dim] // n, *shape[dim + 1 :]).movedim(dim, 0)
-    if group.is_ordered:
-        return blocks.contiguous()
-    positions = sorted(range(n), key=group.order.__getitem__)
-    return torch.stack([blocks[p] for p in positions])
-
-
-def _join(stack: Tensor, group: _Group, dim: int) -> Tensor:
-    """What `_stack` makes, undone: blocks in order of position along `dim`."""
-    dim %= stack.ndim - 1
-    if group.is_ordered:
-        return stack.movedim(0, dim).flatten(dim, dim + 1)
-    return torch.cat([stack[r] for r in group.order], dim)

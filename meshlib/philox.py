@@ -24,6 +24,9 @@ every device. Normals are computed in float64 and rounded once to float32: two m
 differ in the last places of a float64 change about one float32 value in 1e8, in its last place
 (none of ten million between an x86 CPU and an H100).
 
+A key that is data, in a compiled step, is given as a source of words instead (`Source`): a function
+of (shape, start, size, salt), such as an op on its tensor. Nothing is written in place then.
+
 Two functions drawn with the same key, salt and shape use the same words, so they depend on each
 other: split the key, or fold something in.
 
@@ -46,6 +49,9 @@ Key = tuple[int, int]
 Counter = tuple[int, int, int, int]
 Block = tuple[slice, ...]
 Device = torch.device | str
+# (global shape, start, size, salt) of a block to its words, int64 of that size. The block may go on
+# beyond the last column; its first one is a multiple of four.
+Source = Callable[[tuple[int, ...], tuple[int, ...], tuple[int, ...], int], Tensor]
 # One tensor of words, or its high and its low halves, to values; may write into its arguments.
 # All have the shape [2, 2, rows, groups]: entry [i, j] is word 2 * j + i of each counter.
 Finish = Callable[..., Tensor]
@@ -90,7 +96,12 @@ def split(key: Key, n: int) -> list[Key]:
     """
     if n < 0:
         raise ValueError(f"split: {n} keys asked for; the number must be at least 0")
-    return [_derive(key, (*_halves(i, "split"), 0, _SPLIT)) for i in range(n)]
+    return [_derive(key, split_counter(i)) for i in range(n)]
+
+
+def split_counter(i: int) -> Counter:
+    """The counter whose first two words are key i of `split`."""
+    return (*_halves(i, "split"), 0, _SPLIT)
 
 
 def fold_in(key: Key, data: int | str) -> Key:
@@ -106,10 +117,20 @@ def fold_in(key: Key, data: int | str) -> Key:
     >>> fold_in(seed(0), "blocks.w_up") == fold_in(seed(0), "blocks.w_down")
     False
     """
+    return _derive(key, fold_counter(data))
+
+
+def fold_counter(data: int | str) -> Counter:
+    """The counter whose first two words are the key of `fold_in`.
+
+    >>> fold_counter(2**32 + 5)
+    (5, 1, 0, 3221225473)
+    """
     if isinstance(data, str):
         digest = hashlib.blake2b(data.encode(), digest_size=12).digest()
-        return _derive(key, (*struct.unpack("<3I", digest), _FOLD_STR))
-    return _derive(key, (*_halves(data, "fold_in"), 0, _FOLD_INT))
+        first, second, third = struct.unpack("<3I", digest)
+        return first, second, third, _FOLD_STR
+    return (*_halves(data, "fold_in"), 0, _FOLD_INT)
 
 
 def philox4x32(counter: Counter, key: Key) -> Counter:
@@ -129,12 +150,17 @@ def philox4x32(counter: Counter, key: Key) -> Counter:
 
 
 def words(
-    key: Key, shape: tuple[int, ...], index: Block, *, device: Device = "cpu", salt: int = 0
+    key: Key | Source,
+    shape: tuple[int, ...],
+    index: Block,
+    *,
+    device: Device = "cpu",
+    salt: int = 0,
 ) -> Tensor:
     """Block of 32-bit words, as int64: what all other functions are made of.
 
     Args:
-        key: from `seed`, `split` or `fold_in`.
+        key: from `seed`, `split` or `fold_in`, or a source of words.
         shape: of the global tensor.
         index: the block, one slice of step 1 per dim.
         device: where to compute; on "meta" only shape and dtype come out.
@@ -154,7 +180,7 @@ def words(
 
 
 def uniform(
-    key: Key,
+    key: Key | Source,
     shape: tuple[int, ...],
     index: Block,
     *,
@@ -188,7 +214,7 @@ def uniform(
 
 
 def normal(
-    key: Key,
+    key: Key | Source,
     shape: tuple[int, ...],
     index: Block,
     *,
@@ -225,7 +251,7 @@ def normal(
 
 
 def truncated_normal(
-    key: Key,
+    key: Key | Source,
     shape: tuple[int, ...],
     index: Block,
     *,
@@ -262,7 +288,7 @@ def truncated_normal(
 
 
 def randint(
-    key: Key,
+    key: Key | Source,
     shape: tuple[int, ...],
     index: Block,
     *,
@@ -303,7 +329,7 @@ def randint(
 
 
 def bernoulli(
-    key: Key,
+    key: Key | Source,
     shape: tuple[int, ...],
     index: Block,
     *,
@@ -384,7 +410,7 @@ def _normal_cdf(x: float) -> float:
 
 
 def _generate(
-    key: Key,
+    key: Key | Source,
     shape: tuple[int, ...],
     index: Block,
     finish: Finish,
@@ -397,6 +423,8 @@ def _generate(
     out = torch.empty([len(span) for span in spans], dtype=dtype, device=device)
     if out.is_meta or out.numel() == 0:
         return out
+    if callable(key):
+        return _from_source(key, shape, spans, finish, dtype, salts)
     rows, columns = _rows_and_columns(shape, spans, out.device)
     target = out.view(len(rows), len(columns))
     first, last = columns.start // 4, -(-columns.stop // 4)
@@ -421,18 +449,54 @@ def _generate(
     return out
 
 
-def _rows_and_columns(
-    shape: tuple[int, ...], spans: list[range], device: torch.device
-) -> tuple[Tensor, range]:
-    """Row numbers and columns of a block; trailing dims of global size 1 do not count."""
+def _column_dim(shape: tuple[int, ...]) -> int:
+    """The dim of the columns: the last one, but trailing dims of global size 1 do not count."""
     last = len(shape) - 1
     while last > 0 and shape[last] == 1:
         last -= 1
+    return last
+
+
+def _rows_and_columns(
+    shape: tuple[int, ...], spans: list[range], device: torch.device
+) -> tuple[Tensor, range]:
+    """Row numbers and columns of a block."""
+    last = _column_dim(shape)
     rows = torch.zeros(1, dtype=torch.int64, device=device)
     for size, span in zip(shape[:last], spans[:last], strict=True):
         inner = torch.arange(span.start, span.stop, device=device)
         rows = (rows[:, None] * size + inner).flatten()
     return rows, spans[last] if shape else range(1)
+
+
+def _from_source(
+    source: Source,
+    shape: tuple[int, ...],
+    spans: list[range],
+    finish: Finish,
+    dtype: torch.dtype,
+    salts: tuple[int, ...],
+) -> Tensor:
+    """The block of a source of words, all at once."""
+    block = [len(span) for span in spans]
+    if not shape:
+        shape, spans = (1,), [range(1)]
+    last = _column_dim(shape)
+    columns = spans[last]
+    first, stop = columns.start // 4, -(-columns.stop // 4)
+    start = tuple(4 * first if i == last else span.start for i, span in enumerate(spans))
+    size = tuple(4 * (stop - first) if i == last else len(s) for i, s in enumerate(spans))
+
+    def finished(*halves: Tensor) -> Tensor:
+        return finish(*(half.clone() for half in halves))
+
+    halves = [
+        source(shape, start, size, salt).view(-1, stop - first, 2, 2).permute(3, 2, 0, 1)
+        for salt in salts
+    ]
+    values = torch.func.functionalize(finished)(*halves).permute(2, 3, 1, 0).flatten(1)
+    skipped = columns.start - 4 * first
+    return values[:, skipped : skipped + len(columns)].reshape(block).to(dtype)
 
 
 def _steps(rows: int, groups: int, device: torch.device) -> tuple[int, int]:

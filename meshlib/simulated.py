@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .traced import CAPTURES, watched
 from .transport import Axes, ReduceOp, Shards
 
 _REDUCE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
@@ -27,6 +28,11 @@ class SimulatedTransport:
     def __init__(self, axes: Mapping[str, int]) -> None:
         self.axes = dict(axes)
         self._groups: dict[Axes, list[list[int]]] = {}
+        names = ", ".join(f"{name}={size}" for name, size in self.axes.items())
+        self.key = f"{names}, simulated"
+
+    def _is_group(self, axes: Axes) -> bool:
+        return any(self.axes[axis] > 1 for axis in axes)
 
     def groups(self, axes: Axes) -> list[list[int]]:
         """Device numbers of every group over `axes`, each in order of position."""
@@ -48,6 +54,8 @@ class SimulatedTransport:
         return found
 
     def all_reduce(self, shards: Shards, axes: Axes, op: ReduceOp = "sum") -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "all_reduce", shards, axes, op)
         out: list[Tensor] = list(shards)
         combine = _REDUCE[op]
         for group in self.groups(axes):
@@ -64,6 +72,8 @@ class SimulatedTransport:
         return out
 
     def all_gather(self, shards: Shards, axes: Axes, dim: int) -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "all_gather", shards, axes, dim)
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):
             whole = torch.cat([shards[i] for i in group], dim)
@@ -73,6 +83,8 @@ class SimulatedTransport:
         return out
 
     def reduce_scatter(self, shards: Shards, axes: Axes, dim: int) -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "reduce_scatter", shards, axes, dim)
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):
             blocks = [shards[i].chunk(len(group), dim) for i in group]
@@ -86,6 +98,8 @@ class SimulatedTransport:
     def all_to_all(
         self, shards: Shards, axes: Axes, split_dim: int, concat_dim: int
     ) -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "all_to_all", shards, axes, split_dim, concat_dim)
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):
             blocks = [shards[i].chunk(len(group), split_dim) for i in group]
@@ -94,6 +108,8 @@ class SimulatedTransport:
         return out
 
     def permute(self, shards: Shards, axes: Axes, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "permute", shards, axes, pairs)
         source = {t: s for s, t in pairs}
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):
@@ -103,6 +119,8 @@ class SimulatedTransport:
         return out
 
     def broadcast(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "broadcast", shards, axes, root)
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):
             whole = shards[group[root]].clone()
@@ -111,6 +129,8 @@ class SimulatedTransport:
         return out
 
     def reduce(self, shards: Shards, axes: Axes, root: int = 0) -> list[Tensor]:
+        if CAPTURES and self._is_group(axes):
+            return watched(self, self.key, "reduce", shards, axes, root)
         out: list[Tensor] = list(shards)
         for group in self.groups(axes):
             total = shards[group[0]].clone()

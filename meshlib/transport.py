@@ -8,11 +8,15 @@ Blocks along a tensor dim lie in that order, so `dim/x/y` gathers with axes ("x"
 
 No method writes to its inputs, and no result aliases an input; results of one call may alias each
 other only on the simulated transport's all_reduce and all_gather.
+
+The distributed transport also has `start_all_reduce`, `start_all_gather` and
+`start_reduce_scatter`: they return at once and give a `Finish`. On a GPU the wait is the current
+stream's, not the host's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -20,6 +24,7 @@ from torch import Tensor
 Axes = tuple[str, ...]
 Shards = Sequence[Tensor]
 ReduceOp = Literal["sum", "max", "min"]
+Finish = Callable[[], list[Tensor]]  # waits for what has begun; called once
 
 
 class Transport(Protocol):

@@ -7,11 +7,13 @@ the stream `x` is [batch seq embed] in the row `hidden`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels import fp8
 from ..layouts import notation
 from ..layouts.layout import Layout, make
 from ..layouts.reshard import reshard, reshard_one
@@ -27,6 +29,7 @@ from .names import Source
 
 Params = Mapping[str, Any]
 Unary = Callable[[Any], Any]
+WIDE = 512  # the least size of a weight's dims for an 8-bit product
 
 
 class Place(NamedTuple):
@@ -82,7 +85,7 @@ def attend(
         (p["w_q"], p["w_k"], p["w_v"]),
         (p.get("b_q"), p.get("b_k"), p.get("b_v")),
         out=(s["heads"], s["kv"], s["kv"]),
-        method=s.option("matmul"),  # pyright: ignore
+        **product(s, p["w_q"], p["w_k"], p["w_v"]),
     )
     if rotate is not None:
         q, k = rotate(q, k)
@@ -105,24 +108,36 @@ def _silenced(a: ShardedTensor, config: Any) -> ShardedTensor:
     return a * is_true[:, None].to(a.dtype)
 
 
+def product(s: Strategy, *weights: ShardedTensor, inputs: int = 1) -> dict[str, Any]:
+    """How `nn.dense` multiplies by weights of a block: method and precision.
+
+    In fp8 where the strategy says so and the contracted size and the results' together are wide:
+    below, quantising costs more than the faster product gives.
+    """
+    width = math.prod(weights[0].shape[:inputs])
+    sizes = (width, sum(math.prod(w.shape[inputs:]) for w in weights))
+    fits = min(sizes) >= WIDE and not any(n % fp8.MULTIPLE for n in sizes)
+    precision = "fp8" if s.precision.fp8 and fits else "default"
+    return {"method": s.option("matmul"), "precision": precision}
+
+
 def project(p: Params, a: ShardedTensor, s: Strategy) -> ShardedTensor:
     """Attention's output projection: [batch seq heads head_dim] -> the stream."""
-    method: Any = s.option("matmul")
-    return nn.dense(a, p["w_o"], p.get("b_o"), out=s["hidden"], inputs=2, method=method)
+    how = product(s, p["w_o"], inputs=2)
+    return nn.dense(a, p["w_o"], p.get("b_o"), out=s["hidden"], inputs=2, **how)
 
 
 def mlp(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedTensor:
     """Up, activation, down: the block's input [batch seq embed] -> the stream."""
-    method: Any = s.option("matmul")
-    up = activate(nn.dense(h, p["w_up"], p.get("b_up"), out=s["ffn"], method=method))
-    return nn.dense(up, p["w_down"], p.get("b_down"), out=s["hidden"], method=method)
+    up = activate(nn.dense(h, p["w_up"], p.get("b_up"), out=s["ffn"], **product(s, p["w_up"])))
+    return nn.dense(up, p["w_down"], p.get("b_down"), out=s["hidden"], **product(s, p["w_down"]))
 
 
 def gated_mlp(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedTensor:
     """SwiGLU (activate = silu), GeGLU (gelu): activate(gate) * up, then down -> the stream."""
-    method: Any = s.option("matmul")
     mixed = gated(p, h, s, activate)
-    return nn.dense(mixed, p["w_down"], p.get("b_down"), out=s["hidden"], method=method)
+    how = product(s, p["w_down"])
+    return nn.dense(mixed, p["w_down"], p.get("b_down"), out=s["hidden"], **how)
 
 
 def gated(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedTensor:
@@ -132,16 +147,17 @@ def gated(p: Params, h: ShardedTensor, s: Strategy, activate: Unary) -> ShardedT
         (p["w_gate"], p["w_up"]),
         (p.get("b_gate"), p.get("b_up")),
         out=(s["ffn"], s["ffn"]),
-        method=s.option("matmul"),  # pyright: ignore
+        **product(s, p["w_gate"], p["w_up"]),
     )
     return activate(gate) * up
 
 
 def project_both(p: Params, a: ShardedTensor, mixed: ShardedTensor, s: Strategy) -> ShardedTensor:
     """Attention's and the MLP's results -> the stream, summed before one reduction."""
-    method: Any = s.option("matmul")
     weights = (p["w_o"], p["w_down"])
-    return nn.dense((a, mixed), weights, out=s["hidden"], inputs=(2, 1), method=method)
+    both = [product(s, w, inputs=n) for w, n in zip(weights, (2, 1), strict=True)]
+    how = min(both, key=lambda one: one["precision"] == "fp8")  # fp8 where both are wide
+    return nn.dense((a, mixed), weights, out=s["hidden"], inputs=(2, 1), **how)
 
 
 def head(h: ShardedTensor, table: ShardedTensor, s: Strategy) -> ShardedTensor:
@@ -169,11 +185,11 @@ def run_blocks(
     def layer(carry: tuple[ShardedTensor, int], p: Any) -> tuple[Any, None]:
         x, number = carry
         own = random.fold_in(place.key, number) if place.key is not None else None
-        return (block(s.use(p), x, place._replace(key=own)), number + 1), None
+        return (block(p, x, place._replace(key=own)), number + 1), None
 
     recompute: Any = s.option("recompute")
     offload = s.option("saved") == "host"
-    (x, _), _ = scan(layer, (x, 0), stacked, recompute=recompute, offload=offload)
+    (x, _), _ = scan(layer, (x, 0), stacked, use=s.use, recompute=recompute, offload=offload)
     return x
 
 
@@ -223,6 +239,11 @@ def causal_model(
         mask: Any = None,
         key: Key | None = None,
     ) -> ShardedTensor:
+        return predict(*streamed(params, tokens, positions, mask, key))
+
+    def streamed(
+        params: Params, tokens: ShardedTensor, positions: Any, mask: Any, key: Key | None
+    ) -> tuple[Params, ShardedTensor]:
         is_ordered = positions is None
         expect_tokens(tokens, config.position if is_ordered and "pos" in declaration else None)
         if positions is None and mask is not None and positions_of is not None:
@@ -233,13 +254,15 @@ def causal_model(
         if s.option("tied") == "once":
             params = {**params, "embed": s.use({"embed": params["embed"]})["embed"]}
         x = embed(params, tokens, positions)
-        x = run_blocks(block, x, params["blocks"], s, place)
-        return predict(params, x)
+        return params, run_blocks(block, x, params["blocks"], s, place)
 
-    def predict(params: Params, x: ShardedTensor) -> ShardedTensor:
+    def ending(params: Params, x: ShardedTensor) -> tuple[ShardedTensor, ShardedTensor]:
         h = reshard(last(params, x), s["block_in"])
         role = "head" if "head" in declaration else "embed"
-        logits = head(h, s.use({role: params[role]})[role], s)
+        return h, s.use({role: params[role]})[role]
+
+    def predict(params: Params, x: ShardedTensor) -> ShardedTensor:
+        logits = head(*ending(params, x), s)
         return logits if scale == 1 else logits * scale
 
     def decode(
@@ -260,8 +283,12 @@ def causal_model(
         return predict(params, x[:, -1:] if only_last else x), cache
 
     def loss(params: Params, batch: Mapping[str, Any], *, key: Key | None = None) -> Any:
-        given = {name: batch.get(name) for name in ("positions", "mask")}
-        logits = apply(params, batch["tokens"], key=key, **given)
-        return nn.cross_entropy(logits, batch["labels"], classes=config.vocab)
+        given = batch["tokens"], batch.get("positions"), batch.get("mask")
+        params, x = streamed(params, *given, key)
+        if scale == 1 and x.mesh.device.type == "cuda":  # on a CPU all logits at once are faster
+            options: Any = {"out": s["logits"], "method": s.option("matmul")}
+            operands = (*ending(params, x), batch["labels"])
+            return nn.linear_cross_entropy(*operands, classes=config.vocab, **options)
+        return nn.cross_entropy(predict(params, x), batch["labels"], classes=config.vocab)
 
     return Model(config, s, declaration, apply, loss, names, decode)

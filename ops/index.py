@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import embedding as kernels
 from ..layouts.layout import LayoutLike
 from ..layouts.sharded import ShardedTensor
 from ..meshlib.errors import LayoutError, word
@@ -29,15 +30,20 @@ INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8}
 _functorch = torch._C._are_functorch_transforms_active
 
 
+def _check_known(index: Tensor, total: int) -> None:
+    """Raise, on a GPU later, unless all of an index lies in the whole; not under functorch."""
+    if not _functorch():
+        known = ((index >= 0) & (index < total)).all()
+        torch._assert_async(known, f"an index lies outside 0..{total - 1}")  # pyright: ignore
+
+
 def owned(index: Tensor, offset: int, size: int, total: int) -> tuple[Tensor, Tensor]:
     """An index into the whole as one into a block, and where it lies in the block (elsewhere 0).
 
     An index outside the whole raises, as torch's own lookups do; it would otherwise count as
     nobody's.
     """
-    if not _functorch():
-        known = ((index >= 0) & (index < total)).all()
-        torch._assert_async(known, f"an index lies outside 0..{total - 1}")  # pyright: ignore
+    _check_known(index, total)
     local = index - offset
     inside = (local >= 0) & (local < size)
     return torch.where(inside, local, 0), inside
@@ -139,22 +145,34 @@ def _embedding_rule(shapes: Sequence[Any], padding: int | None) -> Rule:
 
 
 def _embedding_local(info: Info) -> Local:
-    padding = info.static[0]
+    padding, cut = info.static[0], bool(info.axes("vocab"))
 
-    def masked(offset: int, size: int, total: int) -> Callable[..., Any]:
+    def block(offset: int, size: int, total: int) -> Callable[..., Any]:
         def local(ids: Tensor, table: Tensor) -> Tensor:
-            here, inside = owned(ids, offset, size, total)
-            rows = F.embedding(here, table)
-            rows = torch.where(inside.unsqueeze(-1), rows, 0)
+            if _in_order(table, cut):
+                _check_known(ids, total)
+                rows = kernels.embedding_lookup(table, ids, offset, size)
+            elif cut:
+                here, inside = owned(ids, offset, size, total)
+                rows = torch.where(inside.unsqueeze(-1), F.embedding(here, table), 0)
+            else:
+                return F.embedding(ids, table, padding)
             if padding is not None:  # its row is looked up, but gets no gradient
                 rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
             return rows
 
         return local
 
-    if info.axes("vocab"):
-        return per_block(info, "vocab", masked)
-    return lambda ids, table: F.embedding(ids, table, padding)
+    made = per_block(info, "vocab", block)
+    return made if cut else made[0]  # pyright: ignore
+
+
+def _in_order(table: Tensor, cut: bool) -> bool:
+    """Whether our kernels look rows up, for a gradient that is summed in the same order each run.
+
+    Under functorch they could not refuse an id outside a whole table; torch's lookup does.
+    """
+    return kernels.ON_CUDA and table.is_cuda and (cut or not _functorch())
 
 
 _EMBEDDING = Op("embedding", _embedding_rule, _embedding_local)
@@ -359,20 +377,11 @@ def _spread(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _refuse(name: str, why: str, *operands: Any) -> NoReturn:
-    raise LayoutError(
-        word(
-            why,
-            op=name,
-            source=user_line(),
-            operands=[
-                (f"operand {i}", str(x))
-                for i, x in enumerate(operands)
-                if isinstance(x, ShardedTensor)
-            ],
-        ),
-        op=name,
-        source=user_line(),
-    )
+    shown = [
+        (f"operand {i}", str(x)) for i, x in enumerate(operands) if isinstance(x, ShardedTensor)
+    ]
+    source = user_line()
+    raise LayoutError(word(why, op=name, source=source, operands=shown), op=name, source=source)
 
 
 def _shape_by_value(name: str) -> Callable[..., NoReturn]:

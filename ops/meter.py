@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.fp8 import FLOPS
 from ..layouts import memory
 
 
@@ -25,7 +26,7 @@ class Meter(TorchDispatchMode):
         # Not at the top: it loads Triton where that is installed, and few programs count FLOPs.
         from torch.utils.flop_counter import flop_registry
 
-        self._formulas = flop_registry
+        self._formulas = {**flop_registry, **FLOPS}
         self.flops = 0.0
         self.live = 0
         self.peak = 0

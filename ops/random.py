@@ -3,23 +3,31 @@
 The same key gives the same initial weights and the same dropout mask on every mesh and every
 layout, on CPU and GPU: each device computes its own block (`meshlib/philox.py`). Keys are explicit;
 a key is used once, then split or folded.
+
+A key that is an argument of a `jit`ted function is data there: one program serves all keys.
+
+On a GPU uniform numbers and masks come from a kernel; so does dropout.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels import random as kernels
 from ..layouts.layout import LayoutLike, make, resolve
 from ..layouts.place import from_callback
 from ..layouts.sharded import ShardedTensor
 from ..meshlib import philox
 from ..meshlib.mesh import Mesh
+from .keys import Key as Key
+from .keys import drawable, sent, tensor_of
+from .keys import key as key
 
 
 class PaddedShape(tuple[int, ...]):
@@ -41,34 +49,97 @@ class PaddedShape(tuple[int, ...]):
         return made
 
 
-@dataclass(frozen=True)
-class Key:
-    """A random key of 64 bits; a leaf of trees, kept in checkpoints."""
-
-    words: tuple[int, int]
-
-    def __str__(self) -> str:
-        return f"key({self.words[0]:08x}{self.words[1]:08x})"
-
-
-def key(seed: int) -> Key:
-    """The key of a seed.
-
-    >>> from shardwise import random
-    >>> random.key(0) == random.key(0), random.key(0) == random.key(1)
-    (True, False)
-    """
-    return Key(philox.seed(seed))
-
-
 def split(key: Key, n: int) -> list[Key]:
     """`n` keys that are independent of each other and of `key`."""
-    return [Key(words) for words in philox.split(key.words, n)]
+    if key.data is None:
+        return [Key(words) for words in philox.split(key.words, n)]
+    return [Key(kernels.random_key(key.data, *philox.split_counter(i))) for i in range(n)]
 
 
 def fold_in(key: Key, data: int | str) -> Key:
     """A key made from a key and a number or a name: a step, a layer, a parameter's path."""
-    return Key(philox.fold_in(key.words, data))
+    if key.data is None:
+        return Key(philox.fold_in(key.words, data))
+    return Key(kernels.random_key(key.data, *philox.fold_counter(data)))
+
+
+def _key_of(key: Key, device: torch.device) -> Any:
+    """What `philox` takes: the words of a key, or a source of words where it is data."""
+    if key.data is None:
+        return key.words
+    data = sent(key.data, device)
+
+    def source(shape: Any, start: Any, size: Any, salt: int) -> Tensor:
+        return kernels.random_words(data, shape, start, size, salt)
+
+    return source
+
+
+# One block each: (key, global shape, its index, dtype, device, options). What a kernel makes it
+# makes on a GPU, and where the key is data: there plain torch would be a hundred lines of program.
+
+
+def _plain(
+    draw: Callable[..., Tensor], key: Key, *place: Any, device: torch.device, **options: Any
+) -> Tensor:
+    return draw(_key_of(key, device), *place, device=device, **options)
+
+
+def _by_kernel(key: Key, device: torch.device) -> bool:
+    return device.type == "cuda" or (key.data is not None and device.type != "meta")
+
+
+def _uniform_block(
+    key: Key,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    if dtype not in _ROUNDED or not _by_kernel(key, device):
+        return _plain(
+            philox.uniform, key, shape, index, low=low, high=high, dtype=dtype, device=device
+        )
+    start, size = _start_and_size(index)
+    return kernels.random_uniform(tensor_of(key, device), shape, start, size, 0, low, high, dtype)
+
+
+def _bernoulli_block(
+    key: Key,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    *,
+    p: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    if not _by_kernel(key, device):
+        return philox.bernoulli(_key_of(key, device), shape, index, p=p, dtype=dtype, device=device)
+    start, size = _start_and_size(index)
+    return kernels.random_mask(tensor_of(key, device), shape, start, size, 0, kernels.level(p))
+
+
+def dropped(
+    x: Tensor, key: Key, rate: float, shape: tuple[int, ...], start: tuple[int, ...]
+) -> Tensor:
+    """Dropout of the block of a tensor of this shape that begins at `start`."""
+    seed = 0 if key.data is not None else kernels.seed_of(key.words)
+    data = None if key.data is None else sent(key.data, x.device)
+    below, scale = kernels.level(1 - rate), 1 / (1 - rate)
+    return kernels.dropout(x, data, seed, shape, start, below, scale)
+
+
+_NORMAL, _TRUNCATED, _RANDINT = (
+    partial(_plain, draw) for draw in (philox.normal, philox.truncated_normal, philox.randint)
+)
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # float64 takes more words
+
+
+def _start_and_size(index: tuple[slice, ...]) -> tuple[list[int], list[int]]:
+    return [part.start for part in index], [part.stop - part.start for part in index]
 
 
 def _fill(
@@ -84,13 +155,14 @@ def _fill(
     size = tuple(int(n) for n in shape)
     true = shape.true if isinstance(shape, PaddedShape) else size
     kind = dtype or torch.get_default_dtype()
+    key = drawable(key)
 
     def block(index: tuple[slice, ...]) -> Tensor:
         inside = tuple(
             slice(min(part.start, n), min(part.stop, n))
             for part, n in zip(index, true, strict=True)
         )
-        drawn = draw(key.words, true, inside, dtype=kind, device=mesh.device, **options)
+        drawn = draw(key, true, inside, dtype=kind, device=mesh.device, **options)
         if inside == index:
             return drawn
         padded = drawn.new_zeros([part.stop - part.start for part in index])
@@ -124,7 +196,7 @@ def normal(
     >>> bool((draw(one).full_tensor() == draw(four).full_tensor()).all())
     True
     """
-    return _fill(philox.normal, key, shape, mesh, layout, dtype, mean=mean, std=std)
+    return _fill(_NORMAL, key, shape, mesh, layout, dtype, mean=mean, std=std)
 
 
 def truncated_normal(
@@ -138,7 +210,16 @@ def truncated_normal(
     dtype: torch.dtype | None = None,
 ) -> ShardedTensor:
     """Normal numbers no further than two deviations from the mean."""
-    return _fill(philox.truncated_normal, key, shape, mesh, layout, dtype, mean=mean, std=std)
+    return _fill(
+        _TRUNCATED,
+        key,
+        shape,
+        mesh,
+        layout,
+        dtype,
+        mean=mean,
+        std=std,
+    )
 
 
 def uniform(
@@ -152,7 +233,7 @@ def uniform(
     dtype: torch.dtype | None = None,
 ) -> ShardedTensor:
     """Uniform numbers in [low, high)."""
-    return _fill(philox.uniform, key, shape, mesh, layout, dtype, low=low, high=high)
+    return _fill(_uniform_block, key, shape, mesh, layout, dtype, low=low, high=high)
 
 
 def randint(
@@ -166,14 +247,14 @@ def randint(
     dtype: torch.dtype = torch.int64,
 ) -> ShardedTensor:
     """Integers in [low, high)."""
-    return _fill(philox.randint, key, shape, mesh, layout, dtype, low=low, high=high)
+    return _fill(_RANDINT, key, shape, mesh, layout, dtype, low=low, high=high)
 
 
 def bernoulli(
     key: Key, shape: Sequence[int], mesh: Mesh, layout: LayoutLike = "...", *, p: float = 0.5
 ) -> ShardedTensor:
     """True with probability `p`."""
-    return _fill(philox.bernoulli, key, shape, mesh, layout, torch.bool, p=p)
+    return _fill(_bernoulli_block, key, shape, mesh, layout, torch.bool, p=p)
 
 
 def _where(x: ShardedTensor) -> LayoutLike:
@@ -204,6 +285,7 @@ def categorical(key: Key, logits: ShardedTensor, *, classes: int | None = None) 
     """
     true = (*logits.shape[:-1], logits.shape[-1] if classes is None else classes)
     tiny = torch.finfo(torch.float64).tiny
+    key = drawable(key)
 
     def gumbel(index: tuple[slice, ...]) -> Tensor:
         """The noise of a block; -inf in padding, whose logits then do not count."""
@@ -211,7 +293,7 @@ def categorical(key: Key, logits: ShardedTensor, *, classes: int | None = None) 
             *index[:-1],
             slice(*(min(i, true[-1]) for i in (index[-1].start, index[-1].stop))),
         )
-        u = philox.uniform(key.words, true, inside, dtype=torch.float64, device=logits.device)
+        u = _plain(philox.uniform, key, true, inside, dtype=torch.float64, device=logits.device)
         noise = -torch.log(-torch.log(u + tiny) + tiny)
         width = index[-1].stop - index[-1].start
         return torch.nn.functional.pad(noise, (0, width - noise.shape[-1]), value=-math.inf)
@@ -222,5 +304,8 @@ def categorical(key: Key, logits: ShardedTensor, *, classes: int | None = None) 
 
 def permutation(key: Key, n: int) -> Tensor:
     """A random order of 0 ... n-1, equal in every process."""
-    words = philox.uniform(key.words, (n,), (slice(0, n),), dtype=torch.float64)
+    key = drawable(key)
+    device = torch.device("cpu") if key.data is None else key.data.device
+    place = ((n,), (slice(0, n),))
+    words = _plain(philox.uniform, key, *place, dtype=torch.float64, device=device)
     return torch.argsort(words, stable=True)

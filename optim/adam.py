@@ -8,23 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .base import Schedule, Transform, counter, zeros_like
 from .flat import elementwise
+from .fused import corrections, one_pass
 from .many import Many
 from .numbers import check
 
 
 def moments(s: Any, g: Many, mu: Many, nu: Many) -> tuple[Many, Many]:
-    """The running means after one more gradient."""
-    g = g.to(mu.dtype)
+    """The running means after one more gradient, in float32 where they are held in less."""
+    wide = torch.promote_types(mu.dtype, torch.float32)
+    g, mu, nu = g.to(wide), mu.to(wide), nu.to(wide)
     return mu.lerp_(g, 1 - s.b1), nu.mul_(s.b2).addcmul_(g, g, 1 - s.b2)
-
-
-def corrections(s: Any) -> tuple[Any, Any]:
-    """What the means must be divided by, since they started at zero; s.step counts from 0."""
-    count = s.step + 1
-    return 1 - s.b1**count, 1 - s.b2**count
 
 
 def direction(s: Any, mu: Many, nu: Many) -> Many:
@@ -32,6 +29,22 @@ def direction(s: Any, mu: Many, nu: Many) -> Many:
     first, second = corrections(s)
     root = nu.sqrt().div_(second**0.5).add_(s.eps).mul_(first)
     return mu / root
+
+
+def stepped(s: Any, decay: Any, g: Many, mu: Many, nu: Many, p: Many) -> tuple[Many, ...]:
+    """New parameters and means, of at least float32 and not rounded yet."""
+    mu, nu = moments(s, g, mu, nu)
+    first, second = corrections(s)
+    root = nu.sqrt().div_(second**0.5).add_(s.eps)
+    p = p.to(torch.promote_types(p.dtype, mu.dtype))
+    if isinstance(decay, Tensor) or decay:
+        p = p.mul_(1 - s.lr * decay)
+    return p.addcdiv_(mu, root, -s.lr / first), mu, nu
+
+
+def rounded(new: tuple[Many, ...], *olds: Many) -> tuple[Many, ...]:
+    """Results in the dtypes of what they replace."""
+    return tuple(each.to(old.dtype) for each, old in zip(new, olds, strict=True))
 
 
 def adam_like(
@@ -83,8 +96,8 @@ def scale_by_adam(
     """
 
     def kernel(s: Any, _: Any, g: Many, mu: Many, nu: Many, p: Many) -> tuple[Many, ...]:
-        mu, nu = moments(s, g, mu, nu)
-        return direction(s, mu, nu), mu, nu
+        mean, square = moments(s, g, mu, nu)
+        return direction(s, mean, square).to(mu.dtype), mean.to(mu.dtype), square.to(nu.dtype)
 
     hyper = {"b1": b1, "b2": b2, "eps": eps}
     return adam_like("scale_by_adam", kernel, hyper, state_dtype=state_dtype)
@@ -125,21 +138,16 @@ def decoupled(
     has_decay = not (isinstance(decay, int | float) and decay == 0)
 
     def kernel(s: Any, decays: bool, g: Many, mu: Many, nu: Many, p: Many) -> tuple[Many, ...]:
-        mu, nu = moments(s, g, mu, nu)
-        move = direction(s, mu, nu)
+        mean, square = moments(s, g, mu, nu)
+        move = direction(s, mean, square)
         if decays and has_decay:
             move = move.add_(p.to(move.dtype) * s.decay)
-        return move.mul_(-s.lr), mu, nu
+        return move.mul_(-s.lr), mean.to(mu.dtype), square.to(nu.dtype)
 
     def fused(s: Any, decays: bool, g: Many, mu: Many, nu: Many, p: Many) -> tuple[Many, ...]:
-        mu, nu = moments(s, g, mu, nu)
-        first, second = corrections(s)
-        root = nu.sqrt().div_(second**0.5).add_(s.eps)
-        kept = p.dtype
-        p = p.to(torch.promote_types(kept, mu.dtype))
-        if decays and has_decay:
-            p = p.mul_(1 - s.lr * s.decay)
-        return p.addcdiv_(mu, root, -s.lr / first).to(kept), mu, nu
+        decay = s.decay if decays and has_decay else 0.0
+        found = one_pass(s, decay, g, mu, nu, p)
+        return found or rounded(stepped(s, decay, g, mu, nu, p), p, mu, nu)
 
     return adam_like(
         name, kernel, hyper | {"decay": decay}, state_dtype=state_dtype, fused=fused, mask=mask

@@ -5,14 +5,26 @@ Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from ..kernels import adamw as kernels
+from ..layouts import tree
+from ..layouts.sharded import ShardedTensor
 from ..layouts.tree import Mask
-from .adam import decoupled
+from ..ops import random
+from .adam import decoupled, rounded, stepped
 from .base import Schedule, Transform
-from .rounding import stochastic
+from .flat import elementwise, local
+from .fused import key_words, names, one_pass, places
+from .many import Many
+from .rounding import noise, step_key, stochastic
+from .rounding import rounded as cut
+from .scale import decayed
 
 
 def adamw(
@@ -56,4 +68,57 @@ def adamw(
         return plain
     if rounding != "stochastic":
         raise ValueError(f'adamw: rounding is "nearest" or "stochastic", not {rounding!r}')
-    return stochastic(plain, seed=seed)
+    return _drawn(stochastic(plain, seed=seed), {**hyper, "decay": weight_decay}, mask)
+
+
+def _drawn(plain: Transform, hyper: dict[str, Any], mask: Mask | None) -> Transform:
+    """The transform with a step that rounds its sums in float32, in one pass where there is one."""
+
+    def fused(grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
+        likes = tree.items(params)
+        key, count = state["key"], state["step"]
+
+        def kernel(s: Any, decays: bool, g: Many, mu: Many, nu: Many, p: Many) -> tuple[Many, ...]:
+            decay = s.decay if decays else 0.0
+            if p.dtype is not torch.bfloat16:
+                found = one_pass(s, decay, g, mu, nu, p)
+                return found or rounded(stepped(s, decay, g, mu, nu, p), p, mu, nu)
+            some = [likes[i] for i in s.members]
+            found = one_pass(s, decay, g, mu, nu, p, draw=lambda at: _keys(key, count, some, at))
+            if found:
+                return found
+            new, mean, square = stepped(s, decay, g, mu, nu, p)
+            now = step_key(key, count)
+            bits = [b for path, x in some for b in noise(random.fold_in(now, path), x)._shards]
+            new = new.to(torch.float32).map(cut, Many(bits))
+            return rounded((new, mean, square), p, mu, nu)
+
+        new, mu, nu = elementwise(
+            kernel,
+            [grads, state["mu"], state["nu"], params],
+            params,
+            olds=[3, 1, 2],
+            scalars=hyper | {"step": state["step"]},
+            marks=decayed(mask, params),
+            donate=(1, 2, 3) if donate else (),
+        )
+        return new, {"step": state["step"] + 1, "mu": mu, "nu": nu, "key": key}
+
+    return replace(plain, fused=fused)
+
+
+def _keys(
+    key: random.Key,
+    count: ShardedTensor,
+    some: Sequence[tuple[str, ShardedTensor]],
+    device: torch.device,
+) -> tuple[Tensor, list[int]] | None:
+    """Per shard its key, made where the step number lies, and its place in the global tensor."""
+    found = [at for _, x in some for at in places(x._type)]
+    if any(at is None for at in found):
+        return None
+    paths = tuple(path for path, x in some for _ in x._shards)
+    keys = kernels.adamw_keys(
+        key_words(key.words, device), local(count, device), names(paths, device)
+    )
+    return keys, [n for at in found if at is not None for n in at]

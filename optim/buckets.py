@@ -190,7 +190,8 @@ def _gathered(
     made: list[list[Tensor]] = []
     known: dict[int, list[Tensor]] = {}
     for k, bucket in enumerate(done._shards):
-        shared = None if bucket.is_meta else known.get(bucket.data_ptr())
+        memory = bucket.untyped_storage()._cdata  # a traced tensor has no address
+        shared = None if bucket.is_meta else known.get(memory)
         wholes, fresh = [], []
         for n, (kind, target) in enumerate(zip(kinds, targets, strict=True)):
             if target is None and shared is not None:
@@ -204,7 +205,7 @@ def _gathered(
         if fresh:
             _copy([ways[n].blocks(wholes[n]) for n in fresh], [columns[n] for n in fresh])
         if shared is None and not bucket.is_meta:
-            known[bucket.data_ptr()] = wholes
+            known[memory] = wholes
         made.append(wholes)
     return [
         ShardedTensor(each, kind) for each, kind in zip(zip(*made, strict=True), kinds, strict=True)

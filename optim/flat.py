@@ -39,7 +39,8 @@ def elementwise(
     """A kernel on all leaves of some trees.
 
     Args:
-        kernel: (scalars, mark, *one Many per tree) -> as many Many as `olds` is long.
+        kernel: (scalars, mark, *one Many per tree) -> as many Many as `olds` is long; among the
+            scalars, `members` has the numbers of the leaves.
         trees: of one structure; the first decides which leaves take part: None is left out.
         params: decides the layouts of operands and results.
         olds: per result the tree whose leaf stands in where the first is None, or None.
@@ -82,7 +83,9 @@ def elementwise(
             if donate and _are_apart(lists):
                 for k in donate:
                     lists[k].free = True
-            results = kernel(here(scalars or {}, device), mark, *lists)
+            s = here(scalars or {}, device)
+            s.members = members
+            results = kernel(s, mark, *lists)
             for target, result in zip(out, results, strict=True):
                 _wrap(target, result, members, likes)
     return tuple(spec.unflatten(target) for target in out)

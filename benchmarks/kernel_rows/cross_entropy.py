@@ -33,7 +33,7 @@ def rows(copy: float) -> Iterator[Row]:
 
 
 def loss_ours(logits: Tensor, labels: Tensor) -> Tensor:
-    lse, target = ce.cross_entropy_parts(logits, labels, 0)
+    lse, target = ce.cross_entropy_parts(logits, labels, 0, logits.shape[-1])
     return (lse - target).mean()
 
 
@@ -77,7 +77,7 @@ def linear_rows() -> Iterator[Row]:
         floor = sum(seconds(torch.mm, *pair, repeats=5) for pair in products)
         del logits, products
         times, extra = {}, {}
-        for n, f in linear_versions(labels, scale, ce.chunk_rows(vocab, 2)).items():
+        for n, f in linear_versions(labels, scale, ce.chunk_rows(rows, vocab, 2)).items():
             run = both(f, [h, w], [torch.ones((), device=DEVICE)])
             times[n] = seconds(run, repeats=5)
             extra[n] = peak_extra(run)
@@ -90,10 +90,10 @@ def linear_rows() -> Iterator[Row]:
 
 def linear_versions(labels: Tensor, scale: Tensor, chunk: int) -> Versions:
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        return ce.linear_cross_entropy(h, w, labels, scale, chunk)[0]
+        return ce.linear_cross_entropy(h, w, labels, scale, len(w), chunk)[0]
 
     def recomputing(h: Tensor, w: Tensor) -> Tensor:
-        lse, target = ce.linear_cross_entropy_parts(h, w, labels, 0, chunk)
+        lse, target = ce.linear_cross_entropy_parts(h, w, labels, 0, len(w), chunk)
         return (lse - target).mean()
 
     def eager(h: Tensor, w: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from .layers import embedding as embedding
 from .layers import layer_norm as layer_norm
 from .layers import rms_norm as rms_norm
 from .loss import cross_entropy as cross_entropy
+from .loss import linear_cross_entropy as linear_cross_entropy
 from .loss import log_prob as log_prob
 from .param import Init as Init
 from .param import Param as Param

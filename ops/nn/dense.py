@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ...layouts.layout import LayoutLike
 from ...layouts.sharded import ShardedTensor
 from ...meshlib import record
 from ..contract import EINSUM
+from ..dispatch import Op
 from ..given import check_operands
 from ..method import Method, arrive, check_method, multiply, multiply_all
 from ..pointwise import OPS
+from .fp8 import FP8, multiply_together
+
+Accuracy = Literal["default", "fp8"]
 
 
 def dense(
@@ -22,6 +26,7 @@ def dense(
     out: Any = None,
     over: Mapping[str, str] | None = None,
     method: Method = "direct",
+    precision: Accuracy = "default",
     inputs: int | Sequence[int] = 1,
 ) -> Any:
     """`x`'s last dims contracted with `w`'s first, plus a bias.
@@ -35,6 +40,12 @@ def dense(
         out: layout of the result, or a tuple of them.
         over: as in `einsum`.
         method: as in `einsum`. A ring does not scatter a sum that a bias or another product joins.
+        precision: "fp8" multiplies in 8-bit floating point, forward (e4m3) and backward (e5m2
+            gradients), what is not float64: to some 4 % of a result's size, root mean square,
+            twice as fast where all sizes are in the thousands, and a byte is kept for an element
+            of `x`. Each device scales its own blocks, by powers of two, so that values depend on
+            the mesh only in elements some 2^-14 of the block's largest. A block with a size that
+            is no multiple of 16 is multiplied as by default. Second derivatives raise.
         inputs: number of contracted dims, 2 for [heads, head_dim, embed]; a tuple beside a tuple
             of `x`.
 
@@ -43,8 +54,8 @@ def dense(
 
     Raises:
         LayoutError: kind "choice", where the types leave one that neither `out` nor `over` settles.
-        ValueError: an unknown method, tuples of different lengths, `inputs` or a bias that does
-            not fit.
+        ValueError: an unknown method or precision, fp8 with another method than "direct", tuples
+            of different lengths, `inputs` or a bias that does not fit.
         TypeError: neither `x` nor `w` is a ShardedTensor.
 
     >>> import torch, shardwise as sw
@@ -54,17 +65,35 @@ def dense(
     f32[2 3 6] local[2 3 6] on mesh(tensor=2)
     """
     check_method("dense", method)
+    if precision != "default":
+        _check_precision(precision, method)
     if record.LOGS:
         with record.acting("dense"):
-            return _dense(x, w, b, out, over, method, inputs)
-    return _dense(x, w, b, out, over, method, inputs)
+            return _dense(x, w, b, out, over, method, precision, inputs)
+    return _dense(x, w, b, out, over, method, precision, inputs)
+
+
+def _check_precision(precision: str, method: str) -> None:
+    if precision not in get_args(Accuracy):
+        known = ", ".join(map(repr, get_args(Accuracy)))
+        raise ValueError(f"dense: unknown precision {precision!r} (known: {known})")
+    if method != "direct":
+        raise ValueError(f"dense: precision 'fp8' needs method 'direct', not {method!r}")
 
 
 def _dense(
-    x: Any, w: Any, b: Any, out: Any, over: Mapping[str, str] | None, method: Method, inputs: Any
+    x: Any,
+    w: Any,
+    b: Any,
+    out: Any,
+    over: Mapping[str, str] | None,
+    method: Method,
+    precision: Accuracy,
+    inputs: Any,
 ) -> Any:
+    op = FP8 if precision == "fp8" else EINSUM
     if isinstance(x, tuple | list):
-        return _added(x, w, b, out, over, method, inputs)
+        return _added(op, x, w, b, out, over, method, inputs)
     if not isinstance(inputs, int):
         raise TypeError("dense: a tuple of inputs needs a tuple of x")
     for each in w if isinstance(w, tuple | list) else (w,):
@@ -73,28 +102,25 @@ def _dense(
         _check_bias(b, w, inputs)
         static = _static(x, w, inputs)
         if method == "direct" and b is None:
-            return EINSUM((x, w), static, out, over)
+            return op((x, w), static, out, over)
         free = b is None
-        product = multiply(EINSUM, (x, w), static, out, over, method=method, scatter=free)
+        product = multiply(op, (x, w), static, out, over, method=method, scatter=free)
         return _finished(product, b, out)
     count = len(w)
     biases, outs = _each(b, count, "b"), _each(out, count, "out")
     for bias, each in zip(biases, w, strict=True):
         _check_bias(bias, each, inputs)
-    products = multiply_all(
-        EINSUM,
-        x,
-        w,
-        [_static(x, each, inputs) for each in w],
-        outs,
-        over,
-        method=method,
-        scatter=[bias is None for bias in biases],
-    )
+    statics = [_static(x, each, inputs) for each in w]
+    if op is FP8:
+        products = multiply_together(x, w, statics, outs, over, inputs)
+    else:
+        scatter = [bias is None for bias in biases]
+        products = multiply_all(op, x, w, statics, outs, over, method=method, scatter=scatter)
     return tuple(map(_finished, products, biases, outs))
 
 
 def _added(
+    op: Op,
     xs: Sequence[ShardedTensor],
     w: Any,
     b: Any,
@@ -111,7 +137,7 @@ def _added(
         check_operands("dense", (x, each))
         static = _static(x, each, dims)
         _check_bias(b, each, dims)
-        product = multiply(EINSUM, (x, each), static, out, over, method=method, scatter=False)
+        product = multiply(op, (x, each), static, out, over, method=method, scatter=False)
         total = product if total is None else OPS["add"]((total, product))
     assert total is not None
     return _finished(total, b, out)

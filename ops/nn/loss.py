@@ -6,10 +6,13 @@ from typing import Any, Literal
 
 import torch
 
-from ...layouts.layout import make
+from ...layouts.layout import LayoutLike, make
 from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor
 from ..given import check_sharded
+from ..method import Method
+from .dense import dense
+from .parts import linear_loss, parts
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -27,8 +30,8 @@ def cross_entropy(
     """Cross-entropy with classes last; logits may be cut over classes and are never gathered.
 
     Args:
-        logits: [..., classes]; rows and classes may be cut by any axes. Half precision is widened
-            to float32 first.
+        logits: [..., classes]; rows and classes may be cut by any axes. Half precision is summed
+            in float32, and gives a loss in float32.
         labels: integers [...], cut anyhow: they are moved to where the logits' rows lie.
         ignore_index: label that does not count; any integer.
         label_smoothing: share of the target spread over all (true) classes.
@@ -56,24 +59,16 @@ def cross_entropy(
     width = logits.shape[-1]
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if classes is not None and not 0 < classes <= width:
-        raise ValueError(f"cross_entropy: {classes} classes of logits of width {width}")
+    check_classes("cross_entropy", classes, width)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: unknown reduction {reduction!r} (mean, sum, none)")
     t: Any = torch
     labels = _beside(labels, logits)
     counts: Any = labels != ignore_index
-    if logits.dtype in _HALF:
-        logits = logits.to(torch.float32)
-    shown = logits
-    if classes is not None and classes != width:
-        inside = torch.arange(width, device=logits.mesh.shard_device) < classes
-        logits = t.where(inside, logits, torch.finfo(logits.dtype).min)
-        shown = t.where(inside, shown, 0.0)
-    spread = t.logsumexp(logits, -1)
-    each = spread - _picked(logits, t.where(counts, labels, 0))
+    spread, target = parts(logits, t.where(counts, labels, 0), classes or width)
+    each = spread - target
     if label_smoothing:
-        even = spread - shown.sum(-1) * (1 / (classes or width))  # pyright: ignore
+        even = spread - _sum_of(logits, classes or width) * (1 / (classes or width))
         each = each * (1 - label_smoothing) + even * label_smoothing
     if z_loss:
         each = each + z_loss * spread * spread
@@ -83,6 +78,78 @@ def cross_entropy(
     if reduction == "sum":
         return each.sum()
     return each.sum() / counts.sum()  # the count of integers is whole: the numerator stays owed
+
+
+def _sum_of(logits: ShardedTensor, classes: int) -> Any:
+    """The sum of each row's true logits, at least in float32."""
+    t: Any = torch
+    wide: Any = logits.to(torch.float32) if logits.dtype in _HALF else logits
+    if classes != logits.shape[-1]:
+        inside = torch.arange(logits.shape[-1], device=logits.mesh.shard_device) < classes
+        wide = t.where(inside, wide, 0.0)
+    return wide.sum(-1)
+
+
+def linear_cross_entropy(
+    hidden: ShardedTensor,
+    table: ShardedTensor,
+    labels: ShardedTensor,
+    *,
+    ignore_index: int = -100,
+    classes: int | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    out: LayoutLike | None = None,
+    method: Method = "direct",
+) -> ShardedTensor:
+    """`cross_entropy(hidden table^T, labels)`, without holding all logits where vocab is whole.
+
+    Args:
+        hidden: [..., embed]; rows may be cut by any axes.
+        table: [vocab, embed]; where either dim is cut, logits are formed in the layout `out`.
+        labels: integers [...].
+        ignore_index: label that does not count.
+        classes: true number of rows of a padded table.
+        reduction: as in `cross_entropy`.
+        out: layout of logits where they are formed.
+        method: of their product, as in `dense`.
+
+    Returns:
+        [], the sum over cut rows still owed.
+
+    Cost: gradients included three products, as the plain form; at most `CHUNK_BYTES` (512 MiB) of
+    logits at a time. Without gradients one product.
+
+    >>> import torch, shardwise as sw
+    >>> mesh = sw.make_mesh({"data": 2})
+    >>> h = sw.shard(torch.zeros(4, 8), mesh, "batch/data embed")
+    >>> labels = sw.shard(torch.tensor([0, 4, 1, -100]), mesh, "batch/data")
+    >>> table = sw.shard(torch.ones(5, 8), mesh)
+    >>> sw.nn.linear_cross_entropy(h, table, labels).full_tensor()
+    tensor(1.6094)
+    """
+    check_sharded("linear_cross_entropy", hidden=hidden, table=table, labels=labels)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"linear_cross_entropy: unknown reduction {reduction!r} (mean, sum)")
+    if table.ndim != 2 or hidden.shape[-1:] != table.shape[1:]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {list(hidden.shape)} must end with the width of the "
+            f"table {list(table.shape)}, which is [vocab, embed]"
+        )
+    check_classes("linear_cross_entropy", classes, table.shape[0])
+    cut = (*hidden.layout.dims[-1], *table.layout.dims[0], *table.layout.dims[1])
+    if cut or hidden.layout.unreduced or table.layout.unreduced:
+        logits = dense(hidden, table.transpose(0, 1), out=out, method=method)  # pyright: ignore
+        return cross_entropy(
+            logits, labels, ignore_index=ignore_index, classes=classes, reduction=reduction
+        )
+    check_labels("linear_cross_entropy", hidden, labels)
+    t: Any = torch
+    labels = _beside(labels, hidden)
+    counts: Any = labels != ignore_index
+    scale = counts.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    if reduction == "mean":
+        scale = scale / counts.sum()
+    return linear_loss(hidden, table, t.where(counts, labels, 0), scale, classes or table.shape[0])
 
 
 def log_prob(logits: ShardedTensor, labels: ShardedTensor) -> ShardedTensor:
@@ -99,6 +166,12 @@ def log_prob(logits: ShardedTensor, labels: ShardedTensor) -> ShardedTensor:
     check_labels("log_prob", logits, labels)
     picked: Any = _picked(logits, _beside(labels, logits))
     return picked - torch.logsumexp(logits, -1)  # pyright: ignore
+
+
+def check_classes(function: str, classes: int | None, width: int) -> None:
+    """Raise unless there are at least as many logits as classes."""
+    if classes is not None and not 0 < classes <= width:
+        raise ValueError(f"{function}: {classes} classes of logits of width {width}")
 
 
 def check_labels(function: str, logits: Any, labels: Any) -> None:

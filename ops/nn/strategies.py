@@ -368,6 +368,11 @@ def from_toml(text: str) -> Strategy:
         equal = tuple(tuple(axes) if isinstance(axes, list) else axes for axes in equal)
     dtypes: dict[str, Any] = {}
     for name, dtype in tables.get("precision", {}).items():
+        if name == "fp8" and isinstance(dtype, bool):
+            dtypes[name] = dtype
+            continue
+        if name == "fp8":
+            raise ValueError(f"precision: fp8 = {dtype!r}; expected true or false")
         if name not in vars(Precision()):
             raise ValueError(f"precision: unknown key {name!r}{nearest(name, vars(Precision()))}")
         if not isinstance(dtype, str) or dtype not in DTYPES:

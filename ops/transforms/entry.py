@@ -9,14 +9,15 @@ layer's gradient is scattered when its own backward is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...layouts.convert import Step, convert_shards, planned
+from ...layouts import pending
+from ...layouts.convert import COLLECTORS, Step, convert_shards, planned
 from ...layouts.layout import Layout, make
 from ...layouts.reshard import find_route
 from ...layouts.sharded import ShardedTensor, make_type
@@ -44,17 +45,26 @@ class Entry:
         by = record.context()
         if by is not None:
             by = by._replace(op=by.op or "value_and_grad", why="gradient", path=self.path or None)
-        x = ShardedTensor(
-            _Enter.apply(self.steps(), by, self.value._shards, self.dtype, *leaf), kind
-        )
+        if COLLECTORS and self.value.mesh.transport == "distributed":
+            value = ShardedTensor(self.value._shards, kind)
+            back = [(self.dtype, None), *((step, by) for step in self.steps())]
+            x = pending.entering(value, kind, leaf, back)
+        else:
+            x = ShardedTensor(
+                _Enter.apply(self.steps(), by, self.value._shards, self.dtype, *leaf), kind
+            )
         if self.path:
             x._path = self.path
         if self.value.ndim > 1 and not self.asked.dims[0] and not self.inside.dims[0]:
             x._entry = lambda: self.slices(leaf)
         return x
 
-    def slices(self, leaf: Sequence[Tensor]) -> list[ShardedTensor]:
-        """The parameter's slices along dim 0, each with its own way out."""
+    def slices(self, leaf: Sequence[Tensor]) -> Callable[[int], ShardedTensor]:
+        """The parameter's slices along dim 0, each with its own way out.
+
+        A slice enters when it is asked for: backward leaves through what entered last first, so
+        that the gradient of a layer goes before the layer in front computes its own.
+        """
         columns = list(zip(*(s.unbind(0) for s in leaf), strict=True))
         shape, old = self.value.shape[1:], self.value._type
         kind = make_type(old.mesh, _tail(old.layout), shape, old.dtype, False)
@@ -69,7 +79,7 @@ class Entry:
             )
             for whole in wholes
         ]
-        return [part.entered(column) for part, column in zip(parts, columns, strict=True)]
+        return lambda number: parts[number].entered(columns[number])
 
     def steps(self) -> tuple[Step, ...]:
         """The conversions of the gradient."""

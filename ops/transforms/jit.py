@@ -5,13 +5,14 @@ types of its results are known then, so nothing of the library is left in the gr
 it, then inductor turns it into code. A later call looks its arguments' types up, hands their shards
 to the code and wraps what comes back.
 
-Plain numbers, strings and random keys among the arguments are part of the program: other values
-are another program.
+Plain numbers and strings among the arguments are part of the program: other values are another
+program. Random keys are data: one program serves all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,24 +23,15 @@ import torch
 from torch import Tensor
 
 from ...layouts.sharded import ShardedTensor
+from ...meshlib.traced import capturing
+from ..keys import beside
 from ..plan import Plan, record
 from . import passes
 from .donation import give_up
+from .graph import Graph
+from .options import Options, parsed
 
 NAMESPACE = "shardwise"  # in which a ShardedTensor opens into its shards
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A captured step: prints one line an op; `module` is the torch.fx.GraphModule."""
-
-    module: torch.fx.GraphModule
-
-    def __str__(self) -> str:
-        return passes.printed(self.module)
-
-    def __len__(self) -> int:
-        return len(self.module.graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,8 @@ class Program:
     """One signature of a function, compiled.
 
     Attributes:
-        graph: after the passes.
+        graph: what runs, after the passes.
+        captured: the graph before them: each collective is one op.
         plan: what the step communicates and computes, recorded while it was captured.
         seconds: that capture and compilation took.
         run: shards in, shards out.
@@ -56,6 +49,7 @@ class Program:
     """
 
     graph: Graph
+    captured: Graph
     plan: Plan
     seconds: float
     run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -78,7 +72,7 @@ class Jitted:
         f: Callable[..., Any],
         donated: frozenset[int],
         static: frozenset[int],
-        options: Mapping[str, Any],
+        options: Options,
     ) -> None:
         self.f = f
         self.donated = donated
@@ -92,6 +86,11 @@ class Jitted:
     def graph(self) -> Graph:
         """The graph of the latest call."""
         return self._latest().graph
+
+    @property
+    def captured(self) -> Graph:
+        """The graph of the latest call before any pass: each collective is one line."""
+        return self._latest().captured
 
     @property
     def plan(self) -> Plan:
@@ -113,6 +112,7 @@ class Jitted:
         fixed = tuple(args[i] if i in self.static else None for i in range(len(args)))
         free: Any = tuple(None if i in self.static else x for i, x in enumerate(args))
         leaves, spec = optree.tree_flatten(free, none_is_leaf=False, namespace=NAMESPACE)
+        leaves = beside(leaves)
         shards = [x.detach() for x in leaves if isinstance(x, Tensor)]
         given = self._given(free)
         key = (
@@ -125,7 +125,9 @@ class Jitted:
         )
         program = self.programs.get(key)
         if program is None:
-            program = self.programs[key] = self._program(spec, fixed, leaves, shards, given)
+            program = self.programs[key] = self._program(
+                spec, fixed, leaves, shards, given, _where(free)
+            )
         self.last = program
         with torch.no_grad():
             result = program(shards)
@@ -140,7 +142,11 @@ class Jitted:
         leaves: Sequence[Any],
         shards: Sequence[Tensor],
         given: Sequence[int],
+        where: tuple[bool, int],
     ) -> Program:
+        from . import lowering
+
+        between, devices = where
         start = time.perf_counter()
         found: dict[str, Any] = {}
 
@@ -150,7 +156,7 @@ class Jitted:
             args = list(optree.tree_unflatten(spec, filled))
             for number in self.static & set(range(len(args))):
                 args[number] = fixed[number]
-            with record() as made:
+            with record() as made, capturing(made._log):
                 result = self.f(*args)
             results, found["spec"] = optree.tree_flatten(result, namespace=NAMESPACE)
             found["plan"] = made
@@ -159,12 +165,21 @@ class Jitted:
             )
             return [x for x in results if isinstance(x, Tensor)]
 
-        module = passes.captured(flat, shards)
+        module = lowering.captured(flat, shards)
+        lowering.annotated(module, found["plan"]._log)
+        lowering.named(module, _names(self.f, spec, leaves))
+        captured = Graph(lowering.copied(module))
+        lowering.simulated(module)
+        passes.simplified(module)
+        between = between or lowering.is_distributed(module)
+        if between and (self.options.backend != "eager" or self.options.chosen):
+            lowering.lowered(module)
+        module = lowering.optimized(module, self.options, None if between else devices)
         passes.reuse(module, given)
         run = passes.compiled(module, shards, self.options)
         seconds = time.perf_counter() - start
         plan, result, constants = found["plan"], found["spec"], found["constants"]
-        return Program(Graph(module), plan, seconds, run, result, constants)
+        return Program(Graph(module), captured, plan, seconds, run, result, constants)
 
     def _given(self, args: Sequence[Any]) -> list[int]:
         """Positions, among the shards, of those whose memory the results may take.
@@ -192,6 +207,28 @@ class Jitted:
         return [position for position, storage in positions if counts[storage] == 1]
 
 
+def _names(f: Callable[..., Any], spec: Any, leaves: Sequence[Any]) -> list[str]:
+    """What the tensors among the leaves are called: the parameter of `f`, the keys, the device."""
+    try:
+        known = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError):  # a builtin
+        known = ()
+    parameters = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = []
+    for (number, *keys), leaf in zip(spec.paths(), leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            first = parameters[number] if number < len(parameters) else f"argument_{number}"
+            names.append(".".join([first, *map(str, keys)]))
+    return names
+
+
+def _where(args: Any) -> tuple[bool, int]:
+    """Whether several processes hold these tensors, alike in all; devices that this one holds."""
+    known = [x for x in optree.tree_leaves(args) if isinstance(x, ShardedTensor)]
+    between = any(x.mesh.transport == "distributed" for x in known)
+    return between, max((len(x._shards) for x in known), default=1)
+
+
 def jit(
     f: Callable[..., Any] | None = None,
     *,
@@ -205,13 +242,19 @@ def jit(
         f: a pure function of trees of ShardedTensors; positional arguments only.
         donate_argnums: arguments whose memory the results may take; they raise if used again.
         static_argnums: arguments that are part of the program whatever they are; hashable.
-        options: of inductor; `{"backend": "eager"}` runs the graph as it is.
+        options: "backend" ("eager" runs the graph as it is), "passes", "bucket_bytes",
+            "window_bytes", "memory_budget" (see `Options`); the others are inductor's.
 
     Returns:
-        A callable with `.graph` (prints), `.plan` and `.compile_seconds` of its latest call.
+        A callable with `.graph` (what runs) and `.captured` (each collective one op; both print),
+        `.plan` and `.compile_seconds` of its latest call.
 
     Cost: the first call with given types captures and compiles; inductor keeps compiled code on
-    disk, so that another process starts faster.
+    disk, so that another process starts faster (`benchmarks/compile.py`). On a distributed mesh all
+    processes have to make that call, and run the same collectives in the same order.
+
+    Raises:
+        ValueError: an unknown option, backend or pass.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})
@@ -231,4 +274,4 @@ def jit(
     def numbers(given: int | Sequence[int]) -> frozenset[int]:
         return frozenset((given,) if isinstance(given, int) else given)
 
-    return Jitted(f, numbers(donate_argnums), numbers(static_argnums), dict(options or {}))
+    return Jitted(f, numbers(donate_argnums), numbers(static_argnums), parsed(options or {}))

@@ -1,4 +1,4 @@
-"""Passes over the graph of a step: capture, reuse of donated memory, printing, compilation."""
+"""Passes over the graph of a step: simplification, reuse of donated memory, compilation."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from .options import Options
+from .order import is_collective
+from .overlap import INDUCTOR
+from .products import biased, joined
+from .replay import Replay
+from .substitutes import substituted
+from .unrolled import unrolled
 
 Module = torch.fx.GraphModule
+# Inductor joins what it computes itself by computing all parts at each place and choosing.
+ON_GPU = {"max_pointwise_cat_inputs": 1}
 LARGEST_CONSTANT = 1 << 24  # elements
 
 
 def captured(flat: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Module:
-    """The graph of a function of tensors, from one run on fake ones."""
-    module = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
+    """The graph of a function of tensors, from one run on fake ones, simplified."""
+    from . import lowering
+
+    module = lowering.captured(flat, inputs)
+    simplified(module)
+    return module
+
+
+def simplified(module: Module) -> None:
+    """Merge what is computed twice, drop what nothing reads, fold what depends on no input."""
     module.graph = fx_graph_cse(module.graph)
     module.graph.eliminate_dead_code()
     folded(module)
     spread(module)
     module.recompile()
-    return module
 
 
 def spread(module: Module) -> None:
@@ -91,10 +104,11 @@ def folded(module: Module) -> None:
             values[node] = node.target(*args, **kwargs)
         return values[node]
 
+    with torch.no_grad():
+        found = [value(node) for node in edge]  # all, before any node is replaced
     for number, node in enumerate(edge):
         name = f"_constant_{number}"
-        with torch.no_grad():
-            module.register_buffer(name, value(node))
+        module.register_buffer(name, found[number])
         with module.graph.inserting_before(node):
             constant = module.graph.get_attr(name)
         constant.meta = dict(node.meta)
@@ -118,7 +132,7 @@ def reuse(module: Module, given: Sequence[int]) -> None:
                     results[number] = module.graph.call_function(
                         torch.ops.aten.copy_.default, (source, result)
                     )
-                results[number].meta = dict(result.meta)
+                results[number].meta = {"val": result.meta["val"]}
                 free.remove(number)
                 break
     output.args = (results,)
@@ -136,37 +150,32 @@ def _alike(a: torch.fx.Node, b: torch.fx.Node) -> bool:
 
 
 def compiled(
-    module: Module, inputs: Sequence[Tensor], options: Mapping[str, Any]
+    module: Module, inputs: Sequence[Tensor], options: Options
 ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     """Code of the graph: a function of the list of inputs."""
-    options = dict(options)
-    backend = options.pop("backend", "inductor")
-    if backend == "eager":
+    if options.backend == "eager":
         return lambda shards: module(*shards)
-    if backend != "inductor":
-        raise ValueError(f"jit: unknown backend {backend!r} (known: 'inductor', 'eager')")
     from torch._inductor import compile as inductor
 
+    communicates = any(map(is_collective, module.graph.nodes))
+    ours: Mapping[str, Any] = INDUCTOR if communicates and "overlap" in options.chosen else {}
+    if on_gpu := any(x.device.type == "cuda" for x in inputs):
+        for change in (unrolled, biased, joined, substituted):
+            change(module)
+        module.recompile()
+        ours = {**ours, **ON_GPU}
     with torch.no_grad():
-        run: Any = inductor(module, list(inputs), options=options)
-    return lambda shards: run(*shards)
+        code: Any = inductor(module, list(inputs), options={**ours, **options.inductor})
+
+    def run(shards: Sequence[Tensor]) -> Sequence[Tensor]:
+        return code(*shards)
+
+    is_recorded = options.cuda_graph if options.cuda_graph is not None else not communicates
+    return Replay(run, written(module)) if on_gpu and is_recorded else run
 
 
-def printed(module: Module) -> str:
-    """One line an op: name, op, operands, and the type of the result."""
-    lines = []
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        kind = ""
-        if isinstance(value, Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            kind = f"  {dtype}{list(value.shape)}"
-        if node.op == "placeholder":
-            lines.append(f"{node.name}{kind}")
-        elif node.op == "call_function":
-            name = str(node.target).removeprefix("aten.")
-            operands = ", ".join(map(str, node.all_input_nodes))
-            lines.append(f"{node.name} = {name}({operands}){kind}")
-        elif node.op == "output":
-            lines.append(f"return {', '.join(map(str, node.all_input_nodes))}")
-    return "\n".join(lines)
+def written(module: Module) -> list[int]:
+    """Positions of the inputs into which results are written."""
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    copies = [n for n in module.graph.nodes if n.target is torch.ops.aten.copy_.default]
+    return sorted(inputs.index(n.args[0]) for n in copies if n.args[0] in inputs)

@@ -24,10 +24,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ...kernels.fp8 import fp8_linear
 from ...layouts import memory, saving
 from ...layouts.sharded import ShardedTensor
 from ...meshlib import record
 from ..kept import regions
+from . import cheap
 from .leaves import under_functorch
 
 Recompute = Literal["none", "cheap", "all"]
@@ -138,19 +140,22 @@ def _is_activation(x: Any) -> bool:
 
 @lru_cache(maxsize=1)
 def _kept() -> frozenset[Any]:
-    """The overload packets of DEAR that this torch has."""
-    return frozenset(
-        getattr(torch.ops.aten, name) for name in DEAR if hasattr(torch.ops.aten, name)
-    )
+    """The overload packets of DEAR that this torch has, and the library's own."""
+    known = {getattr(torch.ops.aten, name) for name in DEAR if hasattr(torch.ops.aten, name)}
+    return frozenset({*known, fp8_linear.overloadpacket})
+
+
+def _is_dear(op: Any) -> bool:
+    return getattr(op, "overloadpacket", op) in _kept()
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    dear = getattr(op, "overloadpacket", op) in _kept()
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_dear(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _cheap() -> Any:
-    return regions(create_selective_checkpoint_contexts(_policy))
+    modes = cheap.modes(_is_dear) if cheap.is_traced() else None
+    return regions(modes or create_selective_checkpoint_contexts(_policy))
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ...layouts.tree import items
 from ...meshlib.errors import LayoutError, word
 from ...meshlib.source import user_line
 from ..join import unbind
+from .ahead import Unit, Use, can_run_ahead
 from .leaves import carrying_path
 from .remat import Recompute, remat
 from .shapes import drift
@@ -31,6 +32,7 @@ def scan(
     carry: Any,
     xs: Any,
     *,
+    use: Use | None = None,
     recompute: Recompute = "none",
     offload: bool = False,
 ) -> tuple[Any, Any]:
@@ -41,7 +43,10 @@ def scan(
             dtypes.
         carry: what goes from one iteration to the next, a tree.
         xs: a tree of tensors with equal sizes of dim 0, which no axis may cut.
-        recompute: what `remat` does with each iteration.
+        use: applied to each slice before `f` gets it, as `strategy.use`: `f(carry, use(x))`. On a
+            distributed mesh its collectives run one iteration ahead, under the computation of the
+            one in front, and those of its backward one iteration behind.
+        recompute: what `remat` does with each iteration, `use` included.
         offload: what an iteration keeps for its backward lies on the host meanwhile.
 
     Returns:
@@ -63,12 +68,21 @@ def scan(
     values, spec = optree.tree_flatten(xs, none_is_leaf=True)
     paths = [path for path, _ in items(xs)]
     length = _length(values, paths)
-    slices = [_unbound(x, path, length) for x, path in zip(values, paths, strict=True)]
-    body = remat(f, recompute=recompute, offload=offload)
+    slices = [_unbound(x, path) for x, path in zip(values, paths, strict=True)]
+
+    def at_rest(number: int) -> Any:
+        return spec.unflatten([s(number) for s in slices])
+
+    if use is not None and can_run_ahead(values):
+        run = _ahead(f, use, at_rest, length, recompute, offload)
+    else:
+        body = remat(f if use is None else _using(f, use), recompute=recompute, offload=offload)
+        run = lambda carry, number: body(carry, at_rest(number))  # noqa: E731
+
     made: list[Any] = []
     shape: Any = None
     for number in range(length):
-        result = body(carry, spec.unflatten([s[number] for s in slices]))
+        result = run(carry, number)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"scan: the function returns (carry, y), got {type(result).__name__}")
         after, y = result
@@ -82,6 +96,35 @@ def scan(
         shape = mine
         made.append(leaves)
     return carry, shape.unflatten([_stacked(column) for column in zip(*made, strict=True)])
+
+
+def _using(f: Callable[[Any, Any], Any], use: Use) -> Callable[[Any, Any], Any]:
+    return lambda carry, x: f(carry, use(x))
+
+
+def _ahead(
+    f: Callable[[Any, Any], Any],
+    use: Use,
+    at_rest: Callable[[int], Any],
+    length: int,
+    recompute: Recompute,
+    offload: bool,
+) -> Callable[[Any, int], Any]:
+    """An iteration that first starts what the next one uses."""
+    units = [Unit(use, lambda: at_rest(0), None)]
+
+    def layer(carry: Any, _at_rest: Any, unit: Unit) -> Any:
+        return f(carry, unit.taken())
+
+    body = remat(layer, recompute=recompute, offload=offload)
+
+    def run(carry: Any, number: int) -> Any:
+        unit = units.pop()
+        if number + 1 < length:
+            units.append(Unit(use, lambda: at_rest(number + 1), unit))
+        return body(carry, unit.at_rest, unit)
+
+    return run
 
 
 def _length(values: Sequence[Any], paths: Sequence[str]) -> int:
@@ -106,12 +149,12 @@ def _length(values: Sequence[Any], paths: Sequence[str]) -> int:
     return length
 
 
-def _unbound(x: Any, path: str, length: int) -> Sequence[Any]:
-    """The slices of a leaf; what is no tensor is the same in each."""
+def _unbound(x: Any, path: str) -> Callable[[int], Any]:
+    """The slices of a leaf by number; what is no tensor is the same in each."""
     if isinstance(x, Tensor):
-        return x.unbind(0)
+        return x.unbind(0).__getitem__
     if not isinstance(x, ShardedTensor):
-        return [x] * length
+        return lambda _number: x
     axes = [a for a in x.layout.dims[0] if x.mesh.axes[a] > 1]
     if axes:
         whole = str(x.layout).replace("/".join(("_", *x.layout.dims[0])), "_", 1)
@@ -132,8 +175,10 @@ def _unbound(x: Any, path: str, length: int) -> Sequence[Any]:
     for axis in layout.dims[0]:  # of one device: all layers are there
         layout = with_state(layout, axis, "reduced")
     entry = getattr(x, "_entry", None)
-    parts = entry() if entry is not None else unbind(reshard_one(x, layout), 0)
-    return [carrying_path(part, x) for part in parts]
+    if entry is not None:
+        return entry()
+    parts = [carrying_path(part, x) for part in unbind(reshard_one(x, layout), 0)]
+    return parts.__getitem__
 
 
 def _check(before: Any, after: Any, number: int) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 
+from shardwise.cli.build import build_strategy
 from shardwise.cli.config import LATER, Config, ConfigError, Preset, StrategyTable, read_config
 from shardwise.cli.reader import Check, Known, Rest, Rules, read_toml
 from shardwise.layouts.strategy import OPTIONS
@@ -480,6 +481,14 @@ def test_overrides_win_and_come_in_order(tmp_path: Path) -> None:
     assert config.strategy.rest == {"w_*": "embed/data ..."}
     assert config.optimizer.lr == 1e-3
     assert config.precision.param == "bfloat16"
+
+
+def test_fp8_is_of_the_strategy_and_needs_direct_products(tmp_path: Path) -> None:
+    assert not build_strategy(read(tmp_path, GOOD)).precision.fp8
+    assert build_strategy(read(tmp_path, GOOD, "precision.fp8=true")).precision.fp8
+    config = read(tmp_path, GOOD, "precision.fp8=true", "strategy.matmul=ring")
+    with pytest.raises(ValueError, match="fp8: needs strategy"):
+        build_strategy(config)
 
 
 def test_a_path_in_an_override_is_relative_to_the_shell(

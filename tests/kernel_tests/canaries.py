@@ -20,7 +20,8 @@ GUARD = 4096  # elements on either side: more than any tile of these tests
 
 def guarded(x: Tensor, shift: int = 0) -> Tensor:
     """A copy of x in a larger buffer of NaN (or a huge integer), `shift` elements off alignment."""
-    fill = float("nan") if x.is_floating_point() else 1 << 40
+    real = x.is_floating_point()
+    fill = float("nan") if real else min(1 << 40, torch.iinfo(x.dtype).max)
     buffer = torch.full((x.numel() + 2 * GUARD + shift,), fill, dtype=x.dtype, device=x.device)
     inner = buffer[GUARD + shift : GUARD + shift + x.numel()].view(x.shape)
     inner.copy_(x)

@@ -21,9 +21,14 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_order = pytest.mark.parametrize("backwards", [False, True], ids=["", "reversed"])
 
 
+def last(size: int) -> int:
+    """The number of the first logit that is padding: none in the smallest size."""
+    return 100 + size - (0 if size == 31 else 9)
+
+
 def inputs(rows: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(rows * size)
-    labels = torch.randint(100, 100 + size, (rows,))
+    labels = torch.randint(100, 100 + size - 9, (rows,))
     labels[0], labels[1] = -100, 100 + size  # ignored; held by the next block
     return (torch.randn(rows, size) * 4).to(dtype), labels
 
@@ -32,7 +37,7 @@ def inputs(rows: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
 @each_dtype
 @each_size
 def test_parts(shape: tuple[int, int], dtype: torch.dtype, backwards: bool) -> None:
-    args = (*inputs(*shape, dtype), 100)
+    args = (*inputs(*shape, dtype), 100, last(shape[1]))
     compare(kernels.parts, twins._parts, args, MODULES, backwards=backwards, **PER_ROW)
 
 
@@ -41,8 +46,8 @@ def test_parts(shape: tuple[int, int], dtype: torch.dtype, backwards: bool) -> N
 @each_size
 def test_gradient_of_parts(shape: tuple[int, int], dtype: torch.dtype, backwards: bool) -> None:
     logits, labels = inputs(*shape, dtype)
-    lse, _ = twins._parts(logits.float(), labels, 100)
-    args = (torch.randn(shape[0]), torch.randn(shape[0]), logits, labels, lse, 100)
+    lse, _ = twins._parts(logits.float(), labels, 100, last(shape[1]))
+    args = (torch.randn(shape[0]), torch.randn(shape[0]), logits, labels, lse, 100, last(shape[1]))
     tolerance = TOLERANCE[dtype]
     twin = twins._parts_backward
     compare(kernels.parts_backward, twin, args, MODULES, backwards=backwards, **tolerance)
@@ -54,10 +59,11 @@ def test_loss_and_gradient_in_place(shape: tuple[int, int], dtype: torch.dtype) 
     logits, labels = inputs(*shape, dtype)
     scale, loss = torch.rand(shape[0]), torch.full((shape[0],), float("nan"))
     found = guarded(logits)
-    kernels.launch_loss_and_grad(found, labels - 100, scale, loss)
+    kernels.launch_loss_and_grad(found, labels - 100, scale, loss, last(shape[1]) - 100)
     exact = logits.double()
-    lse, target = twins._parts(exact, labels, 100)
-    wanted = twins._parts_backward(scale.double(), -scale.double(), exact, labels, lse, 100)
+    lse, target = twins._parts(exact, labels, 100, last(shape[1]))
+    grads = scale.double(), -scale.double()
+    wanted = twins._parts_backward(*grads, exact, labels, lse, 100, last(shape[1]))
     torch.testing.assert_close(loss.double(), lse - target, **PER_ROW)
     torch.testing.assert_close(found.double(), wanted, **TOLERANCE[dtype])
     around = found.untyped_storage().nbytes() // found.element_size() - found.numel()
@@ -70,8 +76,18 @@ def test_rows_of_minus_infinity_and_with_nan() -> None:
     logits = torch.randn(4, 9000)
     logits[0], logits[1, 8500], logits[2, :8192] = float("-inf"), float("nan"), float("-inf")
     labels = torch.zeros(4, dtype=torch.long)
-    lse, _ = kernels.parts(logits, labels, 0)
+    lse, _ = kernels.parts(logits, labels, 0, 9000)
     torch.testing.assert_close(lse, torch.logsumexp(logits, -1), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_a_block_of_padding_alone() -> None:
+    logits, labels, one = torch.randn(3, 40), torch.zeros(3, dtype=torch.long), torch.ones(3)
+    lse, target = kernels.parts(logits, labels, 100, 60)
+    assert (lse == float("-inf")).all()
+    assert not target.any()
+    for parts_backward in (kernels.parts_backward, twins._parts_backward):
+        assert not parts_backward(one, one, logits, labels, lse, 100, 60).any()
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
@@ -80,9 +96,10 @@ def test_linear_forms(chunk: int) -> None:
     hidden, weight, labels = torch.randn(7, 33), torch.randn(1000, 33), torch.arange(7) * 150
     scale = torch.rand(7)
     close = {"atol": 2e-4, "rtol": 2e-4}
-    compare(kernels.linear, twins._linear, (hidden, weight, labels, scale, chunk), MODULES, **close)
-    parts = (hidden, weight, labels, 100, chunk)
+    whole = (hidden, weight, labels, scale, 950, chunk)
+    compare(kernels.linear, twins._linear, whole, MODULES, **close)
+    parts = (hidden, weight, labels, 100, 1050, chunk)
     compare(kernels.linear_parts, twins._linear_parts, parts, (), **close)
     lse, _ = twins._linear_parts(*parts)
-    args = (scale, -scale, hidden, weight, labels, lse, 100, chunk)
+    args = (scale, -scale, hidden, weight, labels, lse, 100, 1050, chunk)
     compare(kernels.linear_parts_backward, twins._linear_parts_backward, args, MODULES, **close)

@@ -11,7 +11,7 @@ from inputs import positive, real
 LABELS = torch.tensor([3, 0, 9, -100])  # in the block, first, beyond it, ignored
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "cross_entropy_parts": lambda: (real(4, 7), LABELS, 0),
+    "cross_entropy_parts": lambda: (real(4, 7), LABELS, 0, 6),
     "cross_entropy_parts_backward": lambda: (
         real(4),
         real(4, seed=1),
@@ -19,8 +19,9 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         LABELS,
         positive(4),
         2,
+        8,
     ),
-    "linear_cross_entropy_parts": lambda: (real(4, 3), real(7, 3), LABELS, 1, 3),
+    "linear_cross_entropy_parts": lambda: (real(4, 3), real(7, 3), LABELS, 1, 7, 3),
     "linear_cross_entropy_parts_backward": lambda: (
         real(4),
         real(4, seed=1),
@@ -29,13 +30,15 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         LABELS,
         positive(4),
         1,
+        7,
         3,
     ),
     "linear_cross_entropy": lambda: (
         real(4, 3),
         real(7, 3),
-        torch.tensor([3, 0, 6, 2]),
+        torch.tensor([3, 0, 5, 2]),
         positive(4),
+        6,
         3,
     ),
 }

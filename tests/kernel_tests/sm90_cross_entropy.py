@@ -15,7 +15,7 @@ def ce_parts(size: int) -> Case:
     return (
         ce.parts_forward,
         types,
-        {"SIZE": size, "BLOCK": how.block, "STAGES": how.stages},
+        {"SIZE": size, "COUNT": size, "BLOCK": how.block, "STAGES": how.stages},
         how.warps,
     )
 
@@ -24,16 +24,16 @@ def ce_grad(size: int) -> Case:
     how = ce.writing_launch(size)
     types = dict.fromkeys(("grad_lse", "grad_target", "lse"), FP32)
     types |= {"logits": BF16, "labels": INT64, "result": BF16, "start": "i32", "rows": "i32"}
-    return ce.parts_grad, types, {"SIZE": size, "BLOCK": how.block}, how.warps
+    return ce.parts_grad, types, {"SIZE": size, "COUNT": size, "BLOCK": how.block}, how.warps
 
 
-def ce_loss_and_grad(size: int) -> Case:
+def ce_loss_and_grad(size: int, count: int | None = None) -> Case:
     how = ce.reading_launch(size)
     types = {"logits": BF16, "labels": INT64, "scale": FP32, "loss": FP32}
     return (
         ce.loss_and_grad,
         types,
-        {"SIZE": size, "BLOCK": how.block, "STAGES": how.stages},
+        {"SIZE": size, "COUNT": count or size, "BLOCK": how.block, "STAGES": how.stages},
         how.warps,
     )
 
@@ -42,5 +42,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "cross_entropy_parts 128256": lambda: ce_parts(128256),
     "cross_entropy_parts_backward 128256": lambda: ce_grad(128256),
     "loss_and_grad 32000": lambda: ce_loss_and_grad(32000),
+    "loss_and_grad 50257 of 50304": lambda: ce_loss_and_grad(50304, 50257),
     "loss_and_grad 128256": lambda: ce_loss_and_grad(128256),
 }

@@ -26,9 +26,11 @@ def step(x: Tensor, residual: Tensor, weight: Tensor, head: Tensor, labels: Tens
     """A loss through all kinds of ops, for the transforms."""
     y, total, _ = norms.add_rms_norm(x, residual, weight, 1e-5)
     z, _, _ = norms.layer_norm(total, weight, None, 1e-5)
-    lse, target = cross_entropy.cross_entropy_parts((y + z) @ head, labels, 0)
+    lse, target = cross_entropy.cross_entropy_parts((y + z) @ head, labels, 0, head.shape[1])
     scale = torch.full_like(lse, 1 / len(lse))
-    linear = cross_entropy.linear_cross_entropy(y, head.T.contiguous(), labels, scale, 8)
+    linear = cross_entropy.linear_cross_entropy(
+        y, head.T.contiguous(), labels, scale, head.shape[1], 8
+    )
     return (lse - target).mean() + linear[0]
 
 

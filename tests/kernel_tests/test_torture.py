@@ -24,8 +24,8 @@ def test_every_op_has_a_sample() -> None:
     assert set(SAMPLES) == set(KERNELS)
 
 
-def flat(results: Any) -> tuple[Tensor, ...]:
-    return tuple(results) if isinstance(results, tuple | list) else (results,)
+def flat(results: Any) -> tuple[Any, ...]:
+    return tuple(torch.utils._pytree.tree_leaves(results))
 
 
 def split(kernel: Kernel) -> tuple[list[int], list[Tensor], Callable[..., list[Any]]]:
@@ -181,7 +181,7 @@ def test_opcheck(name: str) -> None:
 def test_results_share_no_memory_and_are_contiguous(name: str) -> None:
     values = SAMPLES[name]()
     results = flat(KERNELS[name].op(*values))
-    tensors = [*(v for v in values if isinstance(v, Tensor)), *results]
+    tensors = [*(v for v in flat(values) if isinstance(v, Tensor)), *results]
     storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
     own = storages[-len(results) :]
     assert all(storages.count(s) == 1 for s in own)
@@ -191,7 +191,7 @@ def test_results_share_no_memory_and_are_contiguous(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_fake_results_are_those_of_the_twin(name: str) -> None:
     values = SAMPLES[name]()
-    meta = [v.to("meta") if isinstance(v, Tensor) else v for v in values]
+    meta = torch.utils._pytree.tree_map_only(Tensor, lambda v: v.to("meta"), list(values))
     for a, b in zip(flat(KERNELS[name].op(*meta)), flat(KERNELS[name].op(*values)), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
@@ -231,7 +231,38 @@ def test_an_op_without_a_derivative_says_so() -> None:
         F.grad(lambda x: op(x).sum())(x.detach())
 
 
+pairs = define(
+    "test_pairs(Tensor[] xs, Tensor y) -> (Tensor[] sums, Tensor total)",
+    twin=lambda xs, y: ([x + y for x in xs], torch.stack([x.sum() for x in xs])),
+)
+
+
+def test_an_op_on_lists_under_vmap_and_tracing() -> None:
+    xs, y = [torch.ones(3, 2), torch.zeros(4, 3)], torch.arange(3.0)
+    sums, total = F.vmap(lambda a, b, c: pairs([a, b], c), (0, 1, 0))(*xs, y)
+    wanted = [(a + y[:, None]) for a in (xs[0], xs[1].T)]
+    close((sums, total), (wanted, torch.stack([xs[0].sum(1), xs[1].sum(0)], 1)))
+    traced = make_fx(lambda *a: pairs(list(a[:2]), a[2]))(torch.ones(2), torch.zeros(2), y[0])
+    close(traced(*(x := (torch.ones(2), torch.ones(2), y[1]))), pairs(list(x[:2]), x[2]))
+    assert [n.target for n in traced.graph.nodes].count(pairs) == 1
+
+
+def test_an_op_on_lists_has_no_derivative() -> None:
+    x, y = torch.ones(2), torch.ones(2)
+    for args in (([x.clone().requires_grad_()], y), ([x], y.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match="no derivative"):
+            pairs(*args)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        F.grad(lambda a: pairs([a], y)[1].sum())(x)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        F.jvp(lambda a: pairs([a], y)[1], (x,), (y,))
+    with torch.no_grad():
+        assert pairs([x.clone().requires_grad_()], y)[1].item() == 2
+
+
 def test_what_a_schema_must_say() -> None:
+    with pytest.raises(ValueError, match="on lists"):
+        define("test_list(Tensor[] x) -> Tensor y", twin=sum, backward=lambda grad_y: None)
     with pytest.raises(ValueError, match="every result needs a name"):
         define("test_unnamed(Tensor x) -> Tensor", twin=torch.neg)
     with pytest.raises(ValueError, match="defaults belong"):

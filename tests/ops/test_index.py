@@ -83,6 +83,27 @@ def test_sampled_embeddings_on_three_axes() -> None:
     assert found.right
 
 
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embeddings_by_our_kernels_on_every_layout(
+    padding: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA tensors run, on a CPU: there the same ops are plain torch."""
+    seen = []
+
+    def always(table: Tensor, cut: bool) -> bool:
+        seen.append(cut)
+        return True
+
+    monkeypatch.setattr("shardwise.ops.index._in_order", always)
+    found = report(lambda x, i: F.embedding(i, x, padding), [(6, 6), (12,)], operands=made)
+    assert not found.wrong, found.wrong[0]
+    assert {key[1:] for key in found.choice} == set(PICKED)
+    assert set(seen) == {False, True}
+    table = placed(values(6, 4), mesh(a=2), "_/a _")
+    with pytest.raises(RuntimeError, match="outside"):
+        F.embedding(sw.shard(torch.tensor([0, 6]), mesh(a=2)), table)
+
+
 def test_a_cut_vocabulary_leaves_a_sum_and_moves_nothing() -> None:
     table = placed(values(6, 4), mesh(a=2), "_/a _")
     ids = torch.tensor([[5, 0, 2]])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import shardwise as sw
 from shardwise import random
+from shardwise.meshlib import philox
+from shardwise.ops.audit import report
 
 DRAWS = {
     "normal": lambda k, s, m, to: random.normal(k, s, m, to),
@@ -74,3 +78,65 @@ def test_dropout_keeps_the_mean_and_passes_owed_sums() -> None:
     assert sw.nn.dropout(x, 0.25, None) is x
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\)"):
         sw.nn.dropout(x, 1.0, random.key(0))
+
+
+def plain_dropout(x: torch.Tensor) -> torch.Tensor:
+    """The definition: a mask of bernoulli, and a scale."""
+    place = (tuple(x.shape), tuple(slice(0, n) for n in x.shape))
+    return x * philox.bernoulli(random.key(3).words, *place, p=0.7).to(x.dtype) * (1 / 0.7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "samples"),
+    [
+        ((6, 12), 1, None),
+        ((12, 6, 1), 2, 25),
+        ((6,), 1, None),
+        ((12, 6, 12), 3, 15),
+        ((1, 1), 1, None),
+    ],
+)
+def test_dropout_in_every_layout(shape: tuple[int, ...], axes: int, samples: int | None) -> None:
+    found = report(
+        lambda x: sw.nn.dropout(x, 0.3, random.key(3)),
+        [shape],
+        axes=axes,
+        samples=samples,
+        reference=plain_dropout,
+    )
+    assert found.right
+    assert not found.wrong
+    assert not found.choice
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dropout_rounds_once(dtype: torch.dtype) -> None:
+    x = torch.randn(30, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = sw.nn.dropout(sw.shard(x, sw.make_mesh({"x": 2}), "a/x b"), 0.3, random.key(3))
+    assert torch.equal(y.full_tensor(), plain_dropout(x))
+
+
+def test_dropout_under_transforms() -> None:
+    mesh = sw.make_mesh({"x": 2, "y": 3})
+    x, g, h = (sw.shard(torch.randn(12, 6, dtype=torch.float64), mesh, "a/x b/y") for _ in range(3))
+
+    def drop(x: Any) -> Any:
+        return sw.nn.dropout(x, 0.3, random.key(3))
+
+    def same(a: Any, b: Any) -> None:
+        torch.testing.assert_close(a.full_tensor(), b.full_tensor(), rtol=1e-12, atol=1e-12)
+
+    _, pull = sw.vjp(drop, x)
+    same(pull(g)[0], drop(g))
+    same(sw.jvp(drop, (x,), (g,))[1], drop(g))
+    _, pull_again = sw.vjp(lambda g: sw.vjp(drop, x)[1](g)[0], g)
+    same(pull_again(h)[0], drop(h))
+    each = sw.vmap(drop)(x).full_tensor()
+    row = sw.shard(torch.ones(6, dtype=torch.float64), mesh, "b/y")
+    torch.testing.assert_close(each, x.full_tensor() * drop(row).full_tensor())
+
+
+def test_dropout_takes_numbers_that_have_halves() -> None:
+    x = sw.shard(torch.arange(4), sw.make_mesh({"x": 2}), "a/x")
+    with pytest.raises(TypeError, match="must be of floating point"):
+        sw.nn.dropout(x, 0.5, random.key(0))

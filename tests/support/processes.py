@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -64,6 +65,7 @@ def launch(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     must_succeed: bool = True,
+    preload: Sequence[str] = (),
 ) -> list[Outcome]:
     """Run the program on `size` processes and wait for all of them.
 
@@ -75,13 +77,15 @@ def launch(
             others have 10 seconds at most.
         env: variables on top of those that torchrun would set.
         must_succeed: whether to raise if a process ends with another status than 0.
+        preload: modules that the leader imports, once for all processes.
 
     Raises:
         ProcessesFailed: with the output of every process.
     """
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        (home / "task.json").write_text(json.dumps(_task(program, home, size, args, timeout)))
+        task = _task(program, home, size, args, timeout) | {"preload": list(preload)}
+        (home / "task.json").write_text(json.dumps(task))
         _lead(home, environment() | dict(env or {}), timeout)
         ends = json.loads((home / "ends.json").read_text())
         outcomes = [_outcome(home, rank, *end) for rank, end in enumerate(ends)]
@@ -170,6 +174,8 @@ def _main(home: Path) -> None:
     import torch  # noqa: F401  once, for all of them
 
     task = json.loads((home / "task.json").read_text())
+    for name in task["preload"]:
+        importlib.import_module(name)
     gc.freeze()  # collections in a child then leave the shared pages alone: a faster exit
     size, port = task["size"], _free_port()
     children: dict[int, int] = {}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..meshlib.errors import format_bytes
-from ..ops.random import Key
+from ..ops.keys import Key
 
 FORMAT = "shardwise checkpoint"
 VERSION = 1

@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..ops.random import Key
+from ..ops.keys import Key
 from .errors import CheckpointError
 from .manifest import DTYPES, FORMAT, VERSION, Block, Body, Entry, Manifest, Value
 

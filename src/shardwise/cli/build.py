@@ -72,7 +72,8 @@ def build_strategy(config: Config) -> Strategy:
     Stage 3 of ZeRO puts `fsdp` in the place of `data` over its axes.
 
     Raises:
-        ValueError: stage 3, and neither preset is there for an axis.
+        ValueError: stage 3, and neither preset is there for an axis; fp8 with a matmul method that
+            has none.
     """
     table, precision = config.strategy, config.precision
     presets = table.preset
@@ -82,7 +83,8 @@ def build_strategy(config: Config) -> Strategy:
     for preset in presets:
         found = found * _preset(preset, table.matmul)
     dtypes = Precision(
-        *(getattr(torch, getattr(precision, name)) for name in ("param", "compute", "reduce"))
+        *(getattr(torch, getattr(precision, name)) for name in ("param", "compute", "reduce")),
+        fp8=precision.fp8,
     )
     made = found.replace(
         rest=table.rest,
@@ -92,6 +94,9 @@ def build_strategy(config: Config) -> Strategy:
         **table.options,
         saved=config.memory.activations,
     )
+    method = made.option("matmul")
+    if precision.fp8 and method != "direct":
+        raise ValueError(f'precision.fp8: needs strategy.matmul = "direct", not "{method}"')
     if config.memory.parameters == "host":
         return made.replace(rest={role: f"{row} @host" for role, row in made.rest.items()})
     return made

@@ -15,11 +15,14 @@ from typing import Annotated, Any, Literal
 
 from ..layouts.strategy import OPTIONS
 from .hyper import OPTIMIZERS, SCHEDULES
+from .jitting import refused
 from .reader import Check, ConfigError, Known, Rest, Rules, read_toml
 from .values import (
+    AUTO,
     AxisName,
     AxisNames,
     AxisSize,
+    Bytes,
     Count,
     Device,
     Dtype,
@@ -29,6 +32,7 @@ from .values import (
     NotNegative,
     Positive,
     Seed,
+    Switch,
 )
 
 __all__ = ["Config", "ConfigError", "read_config"]
@@ -86,7 +90,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class RunTable:
-    """[run]: how long, where, how often to report; `<file>` is the file's name without suffix."""
+    """[run]: how long, where, how often to report, whether compiled; `<file>`: its name's stem."""
 
     steps: Count
     seed: Seed = 0
@@ -95,6 +99,7 @@ class RunTable:
     eval_every: Count = 200
     device: Device = "auto"
     check: bool = False
+    jit: Annotated[Switch, Check('true, false or "auto"', lambda _: True)] = AUTO
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ class PrecisionTable:
     """[precision]: dtypes of parameters, of arithmetic, of sums over devices.
 
     `master` keeps float32 copies that the optimizer updates; `rounding` says how a new bfloat16
-    parameter is rounded where there is no copy.
+    parameter is rounded where there is no copy. With `fp8` wide layers of the blocks multiply in
+    8 bits.
     """
 
     param: Dtype = "float32"
@@ -149,6 +155,7 @@ class PrecisionTable:
     reduce: Dtype = "float32"
     master: bool = False
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.rounding == "stochastic" and self.param != "bfloat16":
@@ -287,12 +294,14 @@ class MemoryTable:
     """[memory]: where things lie while nothing reads them.
 
     `optimizer` is its state; `parameters` come to the device layer by layer, and their optimizer
-    runs on the host; `activations` are what a layer saves for its backward.
+    runs on the host; `activations` are what a layer saves for its backward; `budget` is for the
+    peak of a compiled step, per device.
     """
 
     optimizer: Literal["device", "host", "disk"] = "device"
     parameters: Literal["device", "host"] = "device"
     activations: Literal["device", "host"] = "device"
+    budget: Bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -322,15 +331,7 @@ class Config:
 
 
 # Tables and keys of the file format that this version cannot honour.
-LATER = frozenset(
-    {
-        "pipeline",
-        "hardware",
-        "strategy.layer",
-        "precision.fp8",
-        "memory.budget",
-    }
-)
+LATER = frozenset({"pipeline", "hardware", "strategy.layer"})
 
 # What must hold between keys: the keys, the condition, what to say (the first key is blamed).
 TOGETHER: tuple[tuple[str, str, Callable[[Any, Any], bool], str], ...] = (
@@ -387,7 +388,7 @@ def read_config(
 
 def _between(config: Config) -> list[str]:
     """What does not hold between several tables, each of which is right by itself."""
-    axes, table, found = config.mesh.axes, config.optimizer, []
+    axes, table, found = config.mesh.axes, config.optimizer, refused(config)
     missing = [axis for axis in config.zero.axes if axis not in axes]
     if config.zero.stage and missing:
         found.append(f"zero.axis: no axis {missing[0]!r} in [mesh]; its axes: {', '.join(axes)}")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..meshlib.errors import format_bytes
-from ..meshlib.mesh import Mesh
 from ..ops.plan import Plan
 from .baselines import baselines
 from .build import Corpus
@@ -57,30 +56,27 @@ def scores(final: float, corpus: Corpus) -> Table:
 
 
 def progress(console: Console) -> Progress:
-    """The bar: steps, loss, tokens per second, peak memory, time."""
+    """The bar: steps, time, and what the latest line says: loss and speed."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} tokens/s{task.fields[memory]}"),
+        TextColumn("{task.fields[line]}"),
         TimeElapsedColumn(),
         console=console,
     )
 
 
-def peak_memory(mesh: Mesh) -> str:
-    """The most memory that tensors of this process's device had, for a line's end; "" on a CPU."""
-    if mesh.device.type != "cuda":
-        return ""
-    return f", peak {format_bytes(torch.cuda.max_memory_allocated(mesh.device))}"
+def write(folder: Path, curve: Curve, speed: Mapping[str, Any]) -> None:
+    """The curve, and the speed since this program was started, as numbers; the curve as a picture.
 
-
-def write(folder: Path, curve: Curve) -> None:
-    """The curve as numbers and as a picture."""
-    (folder / "loss.json").write_text(
-        json.dumps({"steps": curve.steps, "losses": curve.losses, "validation": curve.validation})
-    )
+    Args:
+        folder: where to.
+        curve: of the whole run.
+        speed: what `Clock.as_json` gives.
+    """
+    shown = {"steps": curve.steps, "losses": curve.losses, "validation": curve.validation}
+    (folder / "loss.json").write_text(json.dumps({**shown, "speed": speed}))
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,14 @@
 """`shardwise train FILE`: the whole of a run, from the file to the text that the model writes.
 
-It prints the mesh, each parameter's layout and the step's collectives before the first step; then a
-progress bar; at the end the validation loss in bits per byte beside simple baselines, the loss
-curve as a PNG and some text. One process prints and writes; all of them compute.
+It prints the mesh, each parameter's layout, the step's collectives and what speed is measured by
+before the first step; then a progress bar; at the end the validation loss in bits per byte beside
+simple baselines, the loss curve as a PNG and some text. One process prints and writes; all of them
+compute.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .. import optim
+from ..layouts.sharded import ShardedTensor
 from ..meshlib.mesh import Mesh, abstract_twin
 from ..models import Model
 from ..ops import random
 from ..ops.plan import abstract, plan
 from ..ops.transforms.shapes import check_stable
 from ..optim import Transform
-from . import build, report, text
+from . import build, jitting, report, text
 from .claim import claimed
 from .config import Config, ConfigError
 from .optimizer import build_optimizer, skips
-from .report import Curve, peak_memory, write
+from .report import Curve, write
 from .sample import sample
+from .speed import Clock, ruler
 from .state import Keeper
 from .step import averaged, evaluate, make_step, place, rows
 from .stop import Stop, any_of
@@ -63,8 +66,9 @@ def train(config: Config, console: Console | None = None, *, resume: bool = Fals
     model, loaded = build.build_model(config.model, config.data.seq, strategy, mesh)
     model.check(mesh, batch=config.data.batch // config.data.micro_batches, seq=config.data.seq)
     optimizer = build_optimizer(config, model.declaration)
+    is_jitted, told = jitting.is_wanted(config, mesh)
     corpus = build.build_corpus(config)
-    run = _Run(config, console, mesh, model, optimizer, corpus)
+    run = _Run(config, console, mesh, model, optimizer, corpus, is_jitted)
     with claimed(config, mesh):
         where = f"{mesh.size} {mesh.transport} devices on {mesh.device.type}"
         console.print(f"[bold]{mesh}[/bold]: {where}\n{model.num_parameters:,} parameters")
@@ -72,6 +76,7 @@ def train(config: Config, console: Console | None = None, *, resume: bool = Fals
         console.print(table + "\n", markup=False)
         run.begin(loaded, resume)
         run.plan()
+        console.print(f"{run.ruler}\n{told}", markup=False)
         with Stop() if run.keeper else nullcontext(Stop()) as stop:
             if run.loop(stop):
                 run.end()
@@ -89,19 +94,25 @@ class _Run:
         model: Model,
         optimizer: Transform,
         corpus: build.Corpus,
+        is_jitted: bool,
     ) -> None:
         self.config, self.console, self.mesh = config, console, mesh
         self.model, self.optimizer, self.corpus = model, optimizer, corpus
         self.keeper = Keeper(config, mesh, model, corpus) if config.checkpoint else None
         self.key = random.key(config.run.seed)
-        self.step = make_step(
+        self.plain = make_step(
             model,
             optimizer,
             config.data.micro_batches,
             is_scaled=config.optimizer.loss_scale is not None,
-            donate=True,
+            donate=not is_jitted,  # the compiled step takes them as a whole
         )
+        budget = config.memory.budget
+        self.jitted = jitting.compiled(self.plain, budget) if is_jitted else None
+        self.programs = 0
+        self.ruler = ruler(model, mesh, batch=config.data.batch, seq=config.data.seq)
         self.curve = Curve()
+        self.pending: list[ShardedTensor] = []  # losses of the latest steps, not read yet
         self.done = 0
         self.params: Any = None
         self.state: Any = None
@@ -129,8 +140,8 @@ class _Run:
     def plan(self) -> None:
         """Check that the step keeps its layouts, and print what it moves."""
         given = (self.params, self.state, place(self.batch(0), self.model, self.mesh), self.key)
-        check_stable(self.step, *given)
-        self.console.print(report.collectives(plan(self.step, *given)))
+        check_stable(self.plain, *given)
+        self.console.print(report.collectives(plan(self.plain, *given)))
 
     def batch(self, number: int) -> dict[str, torch.Tensor]:
         """The batch of a step: a function of seed and number."""
@@ -140,55 +151,84 @@ class _Run:
         )
 
     def loop(self, stop: Stop) -> bool:
-        """All steps that are left, with reports, evaluations and saves; False if told to stop."""
-        run, console, curve = self.config.run, self.console, self.curve
-        first, is_stopped, began = self.done, False, time.perf_counter()
-        size = self.config.data.batch * self.config.data.seq
-        may_skip = skips(self.config) > 0 or self.config.optimizer.loss_scale is not None
+        """All steps that are left, with reports, evaluations and saves; False if told to stop.
+
+        The device is waited for only where a line is printed, or something is evaluated or saved.
+        """
+        run, console = self.config.run, self.console
+        self.clock = Clock(self.ruler, self.mesh)
+        is_stopped = False
         with report.progress(console) as progress:
-            bar = progress.add_task(
-                "train", total=run.steps, completed=first, loss="", rate="", memory=""
-            )
+            bar = progress.add_task("train", total=run.steps, completed=self.done, line="")
             while self.done < run.steps and not is_stopped:
-                number = self.done
-                batch = place(self.batch(number), self.model, self.mesh)
-                key = random.fold_in(self.key, number)
-                self.params, self.state, loss = self.step(self.params, self.state, batch, key)
-                self.done += 1
-                curve.steps.append(number)
-                curve.losses.append(float(loss))
-                if not (may_skip or math.isfinite(curve.losses[-1])):
-                    raise FloatingPointError(f"step {number}: the loss is {curve.losses[-1]}")
-                rate = (self.done - first) * size / (time.perf_counter() - began)
-                memory = peak_memory(self.mesh)
-                progress.update(
-                    bar,
-                    advance=1,
-                    loss=f"{curve.losses[-1]:.4f}",
-                    rate=f"{rate:,.0f}",
-                    memory=memory,
-                )
-                if not console.is_terminal and self.done % run.log_every == 0:
-                    shown = f"loss {curve.losses[-1]:.4f}, {rate:,.0f} tokens/s{memory}"
-                    console.print(f"step {self.done}: {shown}")
-                if self.done % run.eval_every == 0 and self.done < run.steps:
-                    bits = self.evaluated(most=8)
-                    curve.validation.append((self.done, bits))
+                self._step()
+                progress.update(bar, advance=1)
+                is_last = self.done == run.steps
+                if self.done % run.log_every == 0 or is_last:
+                    self._settle()
+                    line = f"loss {self.curve.losses[-1]:.4f}, {self.clock.line(self.done)}"
+                    progress.update(bar, line=line)
+                    if not console.is_terminal:
+                        console.print(f"step {self.done}: {line}")
+                if self.done % run.eval_every == 0 and not is_last:
+                    self._settle()
+                    with self.clock.paused():
+                        bits = self.evaluated(most=8)
+                    self.curve.validation.append((self.done, bits))
                     console.print(f"step {self.done}: validation {bits:.3f} bits per byte")
                 is_stopped = self._keep(stop)
-        seconds = time.perf_counter() - began
+        self._settle()
         if self.keeper is not None:
-            self.keeper.save(self.params, self.state, self.done, curve, wait=True)
+            self.keeper.save(self.params, self.state, self.done, self.curve, wait=True)
             console.print(f"saved step {self.done} in {self.keeper.path}", markup=False)
         if is_stopped:
             told = stop.signal or "another process"
             console.print(f"stopped by {told}; go on with --resume")
             return False
-        tokens = (self.done - first) * size
-        console.print(
-            f"\n{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s{peak_memory(self.mesh)}"
-        )
+        average = self.clock.average(self.done)
+        if average is not None:
+            after = "" if average.is_first else " after the first line"
+            console.print(f"\n{average}{after}")
         return True
+
+    def _step(self) -> None:
+        """One step; its loss is read later."""
+        number = self.done
+        batch = place(self.batch(number), self.model, self.mesh)
+        key = random.fold_in(self.key, number)
+        step = self.plain if self.jitted is None else self.jitted
+        self.params, self.state, loss = step(self.params, self.state, batch, key)
+        self.pending.append(loss)
+        self.done += 1
+        self.clock.tick()
+        if self.jitted is not None and len(self.jitted.programs) > self.programs:
+            self.programs = len(self.jitted.programs)
+            text = jitting.told(self.jitted, self.config.memory.budget)
+            self.console.print(f"step {self.done}: {text}", markup=False)
+
+    def _settle(self) -> None:
+        """Read the losses of the latest steps, and whether too many were skipped.
+
+        Raises:
+            FloatingPointError: a loss that is not finite, where no step is skipped; too many
+                skipped ones in a row.
+        """
+        limit = skips(self.config)
+        may_skip = limit > 0 or self.config.optimizer.loss_scale is not None
+        for loss in self.pending:
+            number = len(self.curve.steps)
+            self.curve.steps.append(number)
+            self.curve.losses.append(float(loss))
+            if not (may_skip or math.isfinite(self.curve.losses[-1])):
+                raise FloatingPointError(f"step {number}: the loss is {self.curve.losses[-1]}")
+        self.pending.clear()
+        if limit and self.config.optimizer.loss_scale is None:
+            count = int(optim.get(self.state, "streak"))
+            if count >= limit:
+                raise FloatingPointError(
+                    f"step {self.done - 1}: {count} steps in a row had gradients that are not "
+                    f"finite, and optimizer.skip_nonfinite is {limit}"
+                )
 
     def _keep(self, stop: Stop) -> bool:
         """Save if it is time; whether to stop. All processes decide alike.
@@ -200,8 +240,10 @@ class _Run:
             return False
         is_stopped, is_busy = any_of(self.mesh, bool(stop.signal), self.keeper.is_busy)
         if not is_stopped and not is_busy and self.keeper.is_due(self.done):
+            self._settle()
             wait = not self.keeper.table.async_
-            self.keeper.save(self.params, self.state, self.done, self.curve, wait=wait)
+            with self.clock.paused():
+                self.keeper.save(self.params, self.state, self.done, self.curve, wait=wait)
         return is_stopped
 
     def evaluated(self, most: int | None = None) -> float:
@@ -229,7 +271,7 @@ class _Run:
         if self.mesh.is_first:
             folder = Path(run.out)
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder, self.curve)
+            write(folder, self.curve, self.clock.as_json())
             console.print(
                 f"{'-' * 60}\nwrote {folder}/loss.png and {folder}/loss.json", markup=False
             )

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Literal
 
 from ..layouts.notation import parse
+from ..ops.budget import parse_bytes
 from .reader import Check
+
+
+class Switch(str):
+    """One of "true", "false", "auto"."""
+
+    PARSES = (str, bool)
+
+    @staticmethod
+    def parse(value: str | bool) -> Switch:
+        """Read a boolean or "auto"."""
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f'expected true, false or "auto", found {json.dumps(value)}')
+        return Switch(str(value).lower())
+
+
+AUTO = Switch("auto")
 
 
 def _is_layout(text: str) -> bool:
@@ -35,5 +53,6 @@ AxisNames = Annotated[
 AxisSize = Annotated[
     int, Check("a size of at least 1, or -1 for what is left", lambda n: n >= 1 or n == -1)
 ]
+Bytes = Annotated[str, Check('a size above 0, such as "70GiB"', parse_bytes)]
 LayoutText = Annotated[str, Check("a layout string", _is_layout)]
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]

@@ -121,6 +121,11 @@ def test_toml_round_trip_and_table() -> None:
     assert strategies.from_toml(s.to_toml()) == s
     mesh = sw.make_mesh({"data": 2, "tensor": 2})
     s = (strategies.fsdp() * strategies.tensor_1d()).replace(precision=s.precision)
+    quick = s.replace(precision=sw.Precision(fp8=True))
+    assert "fp8 = true" in quick.to_toml()
+    assert strategies.from_toml(quick.to_toml()) == quick != s
+    assert "fp8" not in s.to_toml()
+    assert "fp8" in str(sw.show(quick))
     shown = str(s.table({"w_up": nn.Param("embed -> ffn")}, {"embed": 8, "ffn": 8}, mesh))
     assert "w_up       [8/data 8/tensor]  embed ffn/tensor {R:data}  32" in shown
     assert "embed ffn/tensor {R:data}" in str(s)
@@ -130,6 +135,7 @@ MISTYPED: dict[str, Any] = {
     "unsupported operand": lambda: strategies.data() * 3,  # pyright: ignore
     "matmul.* = 3; expected strings": lambda: strategies.data().replace(matmul=3),  # pyright: ignore
     "rest = 3; expected a table": lambda: strategies.data().replace(rest=3),  # pyright: ignore
+    "fp8 = 'yes'; expected True or False": lambda: sw.Precision(fp8="yes"),  # pyright: ignore
     "precision = 'bf16'": lambda: strategies.data().replace(precision="bf16"),  # pyright: ignore
 }
 
@@ -147,6 +153,7 @@ def test_values_of_a_wrong_type_are_named(words: str) -> None:
         ('[precision]\ncompute = "nn"', "compute = 'nn'"),
         ('[precision]\ncompute = "int8"', "compute = 'int8'"),
         ("[precision]\ncompute = 3", "compute = 3"),
+        ("[precision]\nfp8 = 1", "fp8 = 1; expected true or false"),
         ('[precision]\ncomputes = "float32"', "unknown key 'computes'; did you mean 'compute'"),
         ("[strategy]\nsave = 1", "'save' = 1; expected strings"),
         ("[strategy]\nrest = 3", "rest = 3; expected a table"),

@@ -1,0 +1,141 @@
+"""`jit` on Gloo processes: bit for bit the function itself, one order of collectives on all ranks.
+
+Two steps each, plainly and jitted: the graph as captured, the graph of functional collectives after
+the passes, and that graph compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from moves import KINDS, everything, kinds
+from processes import launch
+from steps import STEPS, shards, training
+
+import shardwise as sw
+from shardwise.ops.transforms import lowering
+from shardwise.ops.transforms.agreement import Call, agreed
+from shardwise.optim import flat
+
+pytestmark = pytest.mark.processes
+EAGER = {"backend": "eager"}
+PASSES = {"backend": "eager", "passes": ("duplicates", "bucket", "overlap")}
+TORCH = ("torch._dynamo", "torch._inductor.pattern_matcher")  # what every capture imports
+
+
+def row(c: Any) -> str:
+    return f"{c.kind} over {'/'.join(c.axes)}, {c.bytes} B"
+
+
+def trained(name: str, mesh: sw.Mesh, layer: int) -> dict[str, Any]:
+    """Shards after two steps, and what the graphs move."""
+    found: dict[str, Any] = {}
+    for label, options in {"plain": None, "graph": EAGER, "passes": PASSES}.items():
+        step, params, state, rows = training(name, mesh, layer=layer)
+        if options is not None:
+            step = sw.jit(step, donate_argnums=(0, 1), options=options)
+        for _ in range(2):
+            params, state, loss = step(params, state, rows)
+        found[label] = shards((params, state, loss))
+        if options is not None:
+            assert len(step.programs) == 1
+            found[f"{label} moves"] = list(map(row, step.graph.collectives))
+            captured = Counter(map(row, step.captured.collectives))
+            assert captured == Counter(map(row, step.plan.collectives))
+    return found
+
+
+def all_trained(axes: dict[str, int], names: list[str]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    flat.ON_HOST = ()  # read scalars as on a GPU and in a trace, not as Python's numbers
+    mesh = sw.make_mesh(axes)
+    return {name: trained(name, mesh, 2 if mesh.size == 2 else 1) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("axes", "names"),
+    [({"data": 2, "tensor": 1}, list(STEPS)), ({"data": 2, "tensor": 2}, ["data x 1D", "zero"])],
+)
+def test_a_training_step_is_the_function_bit_for_bit(
+    axes: dict[str, int], names: list[str]
+) -> None:
+    size = axes["data"] * axes["tensor"]
+    outcomes = launch(all_trained, size, axes, names, preload=TORCH, timeout=400)
+    for outcome, (name, first) in itertools.product(outcomes, outcomes[0].value.items()):
+        found = outcome.value[name]
+        for label in ("graph", "passes"):
+            for one, other in zip(found[label], found["plain"], strict=True):
+                assert torch.equal(one, other), (outcome.rank, name, label)
+            assert found[f"{label} moves"] == first[f"{label} moves"]
+        assert len(found["passes moves"]) < len(found["graph moves"])
+
+
+def all_kinds(axes: dict[str, int], folder: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    mesh = sw.make_mesh(axes)
+    inputs = kinds(mesh)
+    found: dict[str, Any] = {"plain": shards(everything(inputs))}
+    ways = {"graph": EAGER, "passes": PASSES} | ({"compiled": {}} if folder else {})
+    for label, options in ways.items():
+        jitted = sw.jit(everything, options=options)
+        found[label] = shards(jitted(inputs))
+        captured = Counter(map(row, jitted.captured.collectives))
+        assert captured == Counter(map(row, jitted.plan.collectives))
+        assert {c.kind for c in jitted.captured.collectives} == KINDS
+    return found
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 1}, {"data": 2, "tensor": 2}])
+def test_every_collective_means_the_same_in_a_graph(axes: dict[str, int], tmp_path: Any) -> None:
+    size = axes["data"] * axes["tensor"]
+    folder = str(tmp_path) if size == 2 else ""
+    outcomes = launch(all_kinds, size, axes, folder, preload=TORCH, timeout=400)
+    for outcome in outcomes:
+        plain = outcome.value.pop("plain")
+        for label, found in outcome.value.items():
+            for number, (one, other) in enumerate(zip(found, plain, strict=True)):
+                assert torch.equal(one, other), (outcome.rank, label, number)
+    assert len(outcomes[0].value) == (3 if folder else 2)
+
+
+def disagreeing() -> dict[str, Any]:
+    """Orders of three ranks; and a jitted function whose passes do nothing on one of them."""
+    rank = sw.make_mesh({"data": -1}).coords[0]["data"]
+    a, b, c = Call((0, 1, 2), "a"), Call((0, 1, 2), "b"), Call((0, 1), "c")
+    verdicts = {
+        "equal": agreed([a, b]),
+        "crossed": agreed([b, a] if rank == 2 else [a, b]),
+        "one less": agreed([a] if rank == 0 else [a, b]),
+        "others' group": agreed([a, b] if rank == 2 else [a, c, b]),
+        "crossed groups": agreed({0: [a, c], 1: [c, a], 2: [a]}[rank]),
+    }
+    if rank == 1:
+        lowering._run = lambda *_: None
+    mesh = sw.make_mesh({"data": -1})
+    xs = [sw.full((n,), 1.0, mesh, "n {U:data}") for n in (3, 6)]
+
+    @sw.jit(options={"backend": "eager", "passes": "bucket"})
+    def summed(xs: Any) -> Any:
+        return [sw.reshard(x, "n") for x in xs]
+
+    values = [x.full_tensor().tolist() for x in summed(xs)]
+    return {"verdicts": verdicts, "values": values, "moves": len(summed.graph.collectives)}
+
+
+def test_an_order_that_ranks_disagree_on_is_not_used() -> None:
+    for outcome in launch(disagreeing, 3, preload=TORCH):
+        assert outcome.value["verdicts"] == {
+            "equal": True,
+            "crossed": False,
+            "one less": False,
+            "others' group": True,
+            "crossed groups": False,
+        }
+        assert outcome.value["values"] == [[1.0] * 3, [1.0] * 6]
+        assert outcome.value["moves"] == 2  # not the one that two of the three had made of them
