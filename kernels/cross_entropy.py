@@ -51,6 +51,11 @@ def chunk_rows(rows: int, vocab: int, itemsize: int, budget: int = CHUNK_BYTES) 
     return max(1, -(-each // step) * step)
 
 
+def weighted(each: Tensor, scale: Tensor) -> Tensor:
+    """Sum of each loss times its scale; one that does not count may be anything, also nan."""
+    return torch.where(scale == 0, 0.0, each * scale).sum()
+
+
 def counted(size: int, start: int, stop: int) -> int:
     """How many of `size` logits from number `start` on come before number `stop`.
 
@@ -137,7 +142,7 @@ def _linear(
     lse, target = _linear_parts(hidden, weight, labels, 0, stop, chunk)
     each = lse - target
     grads = _linear_parts_backward(scale, -scale, hidden, weight, labels, lse, 0, stop, chunk)
-    return (each * scale).sum(), each, *grads
+    return weighted(each, scale), each, *grads
 
 
 def _zeros(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cross_entropy as twins
-from .cross_entropy import counted
+from .cross_entropy import counted, weighted
 from .launch import Launch, empty, power_of_two
 
 
@@ -236,7 +236,7 @@ def linear(
         launch_loss_and_grad(logits, labels[at], scale[at], each[at], stop)
 
     grads = _grads(hidden.contiguous(), weight.contiguous(), chunk, fill)
-    return (each * scale).sum(), each, *grads
+    return weighted(each, scale), each, *grads
 
 
 def _grads(

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .registry import by_twin, define
 
@@ -184,6 +185,8 @@ def _derivative(
     w_rows: Tensor,
     w_scale: Tensor,
 ) -> Sequence[Tensor | None]:
+    if forward_ad._current_level >= 0:
+        _refuse_second(x_columns)
     if grad_y is None:  # only a second derivative comes, so all is float64
         grad_y = x_columns.new_zeros((x_columns.shape[1], w_rows.shape[1]))
     saved = (x_columns, x_scale, w_rows, w_scale)
@@ -196,11 +199,15 @@ def _derivative(
     return grad_x, grad_w, None, None
 
 
-def _second_derivative(**kept: Any) -> Sequence[Tensor | None]:
-    if kept["x_columns"].dtype != torch.float64:
+def _refuse_second(x_columns: Tensor) -> None:
+    if x_columns.dtype != torch.float64:
         raise RuntimeError(
             "fp8 has no second derivative: compute it with the default precision, or in float64"
         )
+
+
+def _second_derivative(**kept: Any) -> Sequence[Tensor | None]:
+    _refuse_second(kept["x_columns"])
     return by_twin("fp8_linear_backward")(**kept)
 
 

@@ -29,6 +29,7 @@ from .names import Source
 
 Params = Mapping[str, Any]
 Unary = Callable[[Any], Any]
+LINEAR_LOSS_ON = ("cuda",)  # kinds of devices; on a CPU all logits at once are faster
 WIDE = 512  # the least size of a weight's dims for an 8-bit product
 
 
@@ -285,7 +286,7 @@ def causal_model(
     def loss(params: Params, batch: Mapping[str, Any], *, key: Key | None = None) -> Any:
         given = batch["tokens"], batch.get("positions"), batch.get("mask")
         params, x = streamed(params, *given, key)
-        if scale == 1 and x.mesh.device.type == "cuda":  # on a CPU all logits at once are faster
+        if scale == 1 and x.mesh.device.type in LINEAR_LOSS_ON:
             options: Any = {"out": s["logits"], "method": s.option("matmul")}
             operands = (*ending(params, x), batch["labels"])
             return nn.linear_cross_entropy(*operands, classes=config.vocab, **options)

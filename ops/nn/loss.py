@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from ...layouts.layout import LayoutLike, make
 from ...layouts.reshard import reshard_one
 from ...layouts.sharded import ShardedTensor
 from ..given import check_sharded
-from ..method import Method
+from ..method import Method, check_method
 from .dense import dense
 from .parts import linear_loss, parts
 
@@ -128,6 +129,7 @@ def linear_cross_entropy(
     tensor(1.6094)
     """
     check_sharded("linear_cross_entropy", hidden=hidden, table=table, labels=labels)
+    check_method("linear_cross_entropy", method)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: unknown reduction {reduction!r} (mean, sum)")
     if table.ndim != 2 or hidden.shape[-1:] != table.shape[1:]:
@@ -147,9 +149,13 @@ def linear_cross_entropy(
     labels = _beside(labels, hidden)
     counts: Any = labels != ignore_index
     scale = counts.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    if reduction == "mean":
-        scale = scale / counts.sum()
-    return linear_loss(hidden, table, t.where(counts, labels, 0), scale, classes or table.shape[0])
+    total: Any = counts.sum() if reduction == "mean" else None
+    if total is not None:
+        scale = scale / t.clamp(total, min=1)
+    kept, stop = t.where(counts, labels, 0), classes or table.shape[0]
+    loss: Any = linear_loss(hidden, table, kept, scale, stop)
+    # where no label counts: nan, as in torch, and no gradient
+    return loss if total is None else loss + t.where(total == 0, math.nan, 0.0).to(loss.dtype)
 
 
 def log_prob(logits: ShardedTensor, labels: ShardedTensor) -> ShardedTensor:
@@ -192,5 +198,7 @@ def _picked(logits: ShardedTensor, labels: Any) -> Any:
 
 
 def _beside(labels: ShardedTensor, logits: ShardedTensor) -> ShardedTensor:
-    """Labels [...] cut as the logits [..., classes] are."""
+    """Labels [...] cut as the logits [..., classes] are, in a dtype that torch looks up by."""
+    if labels.dtype not in (torch.int32, torch.int64):
+        labels = labels.to(torch.int64)
     return reshard_one(labels, make(logits.layout.dims[:-1]))

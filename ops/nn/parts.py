@@ -21,14 +21,14 @@ from ...kernels import cross_entropy as kernel
 from ...layouts.sharded import ShardedTensor
 from ..dispatch import Info, Local, Op
 from ..rules import Rule, letters, sized
-from ..transforms.leaves import under_functorch
+from ..transforms.leaves import under_functorch, unwrapped
 
 
 def _checked(labels: Tensor, stop: int) -> None:
     """Raise, on a GPU later, where a label is none of the classes: it would have no loss."""
-    if not under_functorch():
-        known = ((labels >= 0) & (labels < stop)).all()
-        torch._assert_async(known, f"a label lies outside 0..{stop - 1}")  # pyright: ignore
+    labels = unwrapped(labels)
+    known = ((labels >= 0) & (labels < stop)).all()
+    torch._assert_async(known, f"a label lies outside 0..{stop - 1}")  # pyright: ignore
 
 
 def _parts_rule(shapes: Sequence[Any], blocks: int | None, stop: int) -> Rule:
@@ -105,7 +105,7 @@ def _linear_local(info: Info) -> Local:
         if trains or under_functorch():
             return kernel.linear_cross_entropy(rows, table, labels, scale, stop, chunk)[0]
         lse, target = kernel.linear_cross_entropy_parts(rows, table, labels, 0, stop, chunk)
-        return ((lse - target) * scale).sum()
+        return kernel.weighted(lse - target, scale)
 
     return loss
 

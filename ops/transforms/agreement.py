@@ -1,9 +1,10 @@
-"""Whether all ranks issue their collectives in one order.
+"""What the ranks of a job decide together: one order of collectives, one verdict on a budget.
 
 Two ranks wait for each other in every group that both are in, so the collectives of their common
 groups have to come in the same order on both. Graphs differ between ranks (offsets of blocks are
 constants), and a pass that looks at them may decide differently on two ranks. So the orders are
-exchanged once a compilation, and a result that differs is not used.
+exchanged, and a result that differs is not used. For the same reason a rank on which the step fits
+no budget says so to the others, which would wait for it otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...meshlib import traced
 from ...meshlib.distributed import DistributedTransport, _all_gather, job
+from ..budget import BudgetError
 
 Node = torch.fx.Node
 
@@ -45,19 +47,37 @@ def calls(nodes: Sequence[Node]) -> list[Call]:
     return found
 
 
-def agreed(mine: Sequence[Call]) -> bool:
+def agreed(mine: Sequence[Call], is_fine: bool = True) -> bool:
     """Whether every two ranks of the job have their common collectives in the same order.
+
+    Args:
+        mine: this rank's.
+        is_fine: whether this rank wants its graph for other reasons; one that does not is enough.
 
     All processes of the job call this, together; all get the same answer.
     """
     me = job().rank
     orders = _exchanged(mine)
-    is_alike = all(
+    is_alike = is_fine and all(
         _common(orders[me], rank) == _common(other, me) for rank, other in enumerate(orders)
     )
     verdict = torch.tensor([int(is_alike)], device=job().device)
     dist.all_reduce(verdict, dist.ReduceOp.MIN)
     return bool(verdict.item())
+
+
+def refused(mine: BudgetError | None) -> BudgetError | None:
+    """The refusal of the rank that misses most bytes; None if no rank refuses.
+
+    All processes of the job call this, together; all get the same answer.
+    """
+    said = ["", 0] if mine is None else [str(mine), mine.shortfall]
+    answers = map(json.loads, _gathered(json.dumps(said).encode()))
+    refusals = [(-short, rank, text) for rank, (text, short) in enumerate(answers) if text]
+    if not refusals:
+        return None
+    short, rank, text = min(refusals)
+    return BudgetError(f"rank {rank}: {text}", -short)
 
 
 def _common(order: Sequence[Call], rank: int) -> list[Call]:
@@ -71,13 +91,21 @@ def _gather(table: Tensor, row: Tensor) -> None:
 
 def _exchanged(mine: Sequence[Call]) -> list[list[Call]]:
     """The orders of all ranks."""
-    device, size = job().device, job().size
     groups = sorted({call.ranks for call in mine})
     short = [
         (groups.index(call.ranks), hashlib.blake2b(call.what.encode(), digest_size=8).hexdigest())
         for call in mine
     ]
-    data = json.dumps([groups, short]).encode()
+    orders: list[list[Call]] = []
+    for text in _gathered(json.dumps([groups, short]).encode()):
+        known, order = json.loads(text)
+        orders.append([Call(tuple(known[group]), what) for group, what in order])
+    return orders
+
+
+def _gathered(data: bytes) -> list[bytes]:
+    """What all ranks say, in their order, padded by spaces."""
+    device, size = job().device, job().size
     length = torch.tensor([len(data)], device=device)
     lengths = length.new_empty(size)
     _gather(lengths, length)
@@ -85,8 +113,4 @@ def _exchanged(mine: Sequence[Call]) -> list[list[Call]]:
     row = torch.tensor(list(data.ljust(longest)), dtype=torch.uint8).to(device)
     table = row.new_empty(size * longest)
     _gather(table, row)
-    orders: list[list[Call]] = []
-    for text in table.view(size, longest).tolist():
-        known, order = json.loads(bytes(text))
-        orders.append([Call(tuple(known[group]), what) for group, what in order])
-    return orders
+    return [bytes(text) for text in table.view(size, longest).tolist()]

@@ -21,6 +21,8 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...layouts.sharded import ShardedTensor
 from ...meshlib.traced import capturing
@@ -29,6 +31,7 @@ from ..plan import Plan, record
 from . import passes
 from .donation import give_up
 from .graph import Graph
+from .leaves import under_functorch
 from .options import Options, parsed
 
 NAMESPACE = "shardwise"  # in which a ShardedTensor opens into its shards
@@ -108,17 +111,25 @@ class Jitted:
         return self.last
 
     def __call__(self, *args: Any) -> Any:
-        """The function's result, from compiled code."""
+        """The function's result, from compiled code; inside another transform, from the function.
+
+        Raises:
+            ValueError: a number among donate_argnums that is no argument's.
+        """
+        if self.donated and max(self.donated) >= len(args):
+            raise ValueError(f"jit: donate_argnums={max(self.donated)} of {len(args)} arguments")
         fixed = tuple(args[i] if i in self.static else None for i in range(len(args)))
         free: Any = tuple(None if i in self.static else x for i, x in enumerate(args))
         leaves, spec = optree.tree_flatten(free, none_is_leaf=False, namespace=NAMESPACE)
         leaves = beside(leaves)
+        if _is_inside(leaves):
+            return self.f(*args)
         shards = [x.detach() for x in leaves if isinstance(x, Tensor)]
         given = self._given(free)
         key = (
             spec,
-            fixed,
-            tuple(None if isinstance(x, Tensor) else x for x in leaves),
+            tuple(map(_exact, fixed)),
+            tuple(None if isinstance(x, Tensor) else _exact(x) for x in leaves),
             tuple((x.shape, x.dtype, x.device, x.stride()) for x in shards),
             tuple(given),
             torch.is_grad_enabled(),
@@ -144,7 +155,7 @@ class Jitted:
         given: Sequence[int],
         where: tuple[bool, int],
     ) -> Program:
-        from . import lowering
+        from . import lowering, pipeline
 
         between, devices = where
         start = time.perf_counter()
@@ -174,7 +185,7 @@ class Jitted:
         between = between or lowering.is_distributed(module)
         if between and (self.options.backend != "eager" or self.options.chosen):
             lowering.lowered(module)
-        module = lowering.optimized(module, self.options, None if between else devices)
+        module = pipeline.optimized(module, self.options, None if between else devices)
         passes.reuse(module, given)
         run = passes.compiled(module, shards, self.options)
         seconds = time.perf_counter() - start
@@ -222,6 +233,29 @@ def _names(f: Callable[..., Any], spec: Any, leaves: Sequence[Any]) -> list[str]
     return names
 
 
+def _is_inside(leaves: Sequence[Any]) -> bool:
+    """Whether the call is part of what is differentiated, mapped or captured.
+
+    Then the function runs as it is: compiled code is no part of such a program.
+    """
+    return (
+        under_functorch()
+        or forward_ad._current_level >= 0
+        or get_proxy_mode() is not None
+        or (
+            torch.is_grad_enabled()
+            and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+        )
+    )
+
+
+def _exact(value: Any) -> Any:
+    """A value as part of a key: 2 is not 2.0, nor 0.0 -0.0, and nan is itself."""
+    if isinstance(value, tuple):
+        return tuple(map(_exact, value))
+    return type(value), repr(value) if isinstance(value, float | complex) else value
+
+
 def _where(args: Any) -> tuple[bool, int]:
     """Whether several processes hold these tensors, alike in all; devices that this one holds."""
     known = [x for x in optree.tree_leaves(args) if isinstance(x, ShardedTensor)]
@@ -255,6 +289,7 @@ def jit(
 
     Raises:
         ValueError: an unknown option, backend or pass.
+        BudgetError: on a call; the step does not fit the memory_budget, on one rank at least.
 
     >>> import torch, shardwise as sw
     >>> mesh = sw.make_mesh({"tensor": 2})

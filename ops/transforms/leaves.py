@@ -29,6 +29,14 @@ functorch: Any = torch._C._functorch  # pyright: ignore
 under_functorch = torch._C._are_functorch_transforms_active
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """The tensor inside all of functorch's wrappers: every entry of a batch at once."""
+    inner: Any = torch._C._functorch  # pyright: ignore
+    while inner.is_functorch_wrapped_tensor(x):
+        x = inner.get_unwrapped(x)
+    return x
+
+
 @contextmanager
 def nested() -> Iterator[None]:
     """Inside, gradients keep their own graph, so that an outer transform can differentiate them."""

@@ -1,4 +1,4 @@
-"""From readable collectives to what inductor knows: capture, expansion, agreement of ranks.
+"""From readable collectives to what inductor knows: capture and expansion.
 
 A capture shows each collective as one op of `meshlib/traced.py`. On a simulated mesh it then opens
 into plain tensor ops on the shards. On a distributed mesh it becomes a *functional collective* of
@@ -8,7 +8,7 @@ its group it is, alike on all ranks: (mesh, axes, number), of a joined one sever
 new memory: inductor computes wrong numbers from ops that return views of their inputs.
 
 Ranks must issue the same collectives in the same order although constants in their graphs differ.
-So nothing here removes or merges a collective, and `agreed` compares the orders of all ranks after
+So nothing here removes or merges a collective; `pipeline` compares the orders of all ranks after
 passes that do.
 """
 
@@ -30,8 +30,6 @@ from ...meshlib.distributed import DistributedTransport
 from ...meshlib.record import Collective, Log
 from ...meshlib.transport import Axes
 from ...meshlib.wire import Group, join, stack, wire
-from .agreement import agreed, calls
-from .options import Options
 
 Module = torch.fx.GraphModule
 Node = torch.fx.Node
@@ -134,42 +132,6 @@ def is_distributed(module: Module) -> bool:
         for node in module.graph.nodes
         if node.target in _KINDS
     )
-
-
-def optimized(module: Module, options: Options, devices: int | None) -> Module:
-    """A graph after the passes, or as it is where ranks would disagree on their order.
-
-    Args:
-        module: where `devices` is None, lowered.
-        options: which passes.
-        devices: how many of them this process computes for, alone; None where there are several
-            processes, and then all of them call this, whether their own graphs communicate or not.
-    """
-    chosen = options.chosen
-    if devices is not None:
-        chosen = tuple(name for name in chosen if name == "recompute")
-    if not chosen:
-        return module
-    before = copied(module)
-    for name in chosen:
-        _run(name, module, options, devices or 1)
-    module.graph.lint()
-    if devices is None and not agreed(calls(collectives(module))):
-        return before
-    return module
-
-
-def _run(name: str, module: Module, options: Options, devices: int) -> None:
-    from . import bucketing, overlap, recompute
-
-    if name == "duplicates":
-        bucketing.deduplicated(module)
-    elif name == "recompute":
-        recompute.recomputed(module, cast(int, options.memory_budget) * devices)
-    elif name == "bucket":
-        bucketing.bucketed(module, options.bucket_bytes)
-    else:
-        overlap.overlapped(module, options.window_bytes)
 
 
 def _expand(module: Module, transports: set[str]) -> None:

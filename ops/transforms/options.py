@@ -23,8 +23,12 @@ class Options:
             "recompute", which needs a memory_budget, are for graphs between processes.
         bucket_bytes: collectives are joined up to this size, per device.
         window_bytes: operands and results of collectives in flight at once, per device.
-        memory_budget: bytes per device, or a text such as "70GiB", for the peak of the whole step,
-            arguments included; None recomputes nothing.
+        memory_budget: the most bytes that a device may hold at the worst moment of the whole step,
+            arguments (parameters, optimizer state, batch) included; or a text such as "70GiB".
+            Values are computed again, and fsdp's gathers run again, until the step fits, and
+            passes that would exceed it are left out; a step that cannot fit raises BudgetError on
+            all ranks. Workspace inside ops and the allocator's gaps come on top. None recomputes
+            nothing.
         cuda_graph: launches are recorded once and replayed (`replay.py`); None does so on a GPU
             where nothing communicates.
         inductor: options of inductor, as `torch.compile(options=...)` takes them.

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .nodes import Ancestry, in_order, maker, stretches
+from .order import is_view
 
 Node = torch.fx.Node
 Module = torch.fx.GraphModule
@@ -30,14 +31,15 @@ _VIEWS = (aten.view.default, aten.reshape.default)
 
 def biased(module: Module) -> None:
     """Let products start from the biases that are added to them, in place."""
+    stretch = stretches(module)
     for node in list(module.graph.nodes):
         if node.target is aten.mm.default and len(node.users) == 1:
-            _add_bias(module, node)
+            _add_bias(module, node, stretch)
     in_order(module)
     module.graph.eliminate_dead_code()
 
 
-def _add_bias(module: Module, product: Node) -> None:
+def _add_bias(module: Module, product: Node, stretch: dict[Node, int]) -> None:
     """bias + x w, seen in any shape, as one product."""
     shown = product
     (user,) = product.users
@@ -45,6 +47,8 @@ def _add_bias(module: Module, product: Node) -> None:
         shown = user
         (user,) = shown.users
     if user.target is not aten.add.Tensor or user.kwargs or user.args[0] is not shown:
+        return
+    if stretch[user] != stretch[product]:  # a factor may have been written to in between
         return
     bias: Any = user.args[1]
     if not isinstance(bias, Node) or bias.meta["val"].dtype != product.meta["val"].dtype:
@@ -54,7 +58,7 @@ def _add_bias(module: Module, product: Node) -> None:
     if not fits or math.prod(shape) != width or len(shape) == len(_shape(shown)):
         return
     make = maker(module, user)
-    flat = make(aten.view.default, bias, [width])
+    flat = make(aten.reshape.default, bias, [width])
     found = make(aten.addmm.default, flat, *product.args)
     user.replace_all_uses_with(make(aten.view.default, found, list(_shape(user))))
 
@@ -65,6 +69,7 @@ def joined(module: Module) -> None:
     beside = _Beside(module)
     for total, terms in _sums(module):
         _join_sum(module, total, terms, place, beside)
+    in_order(module)  # sums may share what stands side by side
     for group in _sharing(module):
         _join_columns(module, sorted(group, key=lambda n: place.get(_factors(n)[1], 0)), beside)
     in_order(module)
@@ -72,14 +77,14 @@ def joined(module: Module) -> None:
 
 
 class _Beside:
-    """Matrices side by side, each such matrix made once."""
+    """Matrices side by side, each such matrix made once between two writes."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
-        self._made: dict[tuple[Node, ...], Node] = {}
+        self._made: dict[tuple[Any, ...], Node] = {}
 
     def __call__(self, parts: Sequence[Node], place: Node) -> Node:
-        key = tuple(parts)
+        key = stretches(self._module)[place], *parts
         if key not in self._made:
             self._made[key] = maker(self._module, place)(aten.cat.default, list(parts), 1)
         return self._made[key]
@@ -100,6 +105,13 @@ def _pays(node: Node) -> bool:
     return rows >= 2 * inner or inner >= 2 * rows
 
 
+def _is_plain(node: Node) -> bool:
+    """Whether the product has no factors of its own, and its bias is one row."""
+    bias: Any = node.args[0]
+    one_row = node.target is aten.mm.default or _shape(bias) == _shape(node)[1:]
+    return one_row and not node.kwargs
+
+
 def _sharing(module: Module) -> list[list[Node]]:
     """Groups of products with the same left operand, none of which needs another.
 
@@ -108,7 +120,7 @@ def _sharing(module: Module) -> list[list[Node]]:
     groups: dict[tuple[Any, ...], list[Node]] = {}
     stretch = stretches(module)
     for node in module.graph.nodes:
-        if node.target in _PRODUCTS and _pays(node):
+        if node.target in _PRODUCTS and _pays(node) and _is_plain(node):
             key = (node.target, _factors(node)[0], node.meta["val"].dtype, stretch[node])
             groups.setdefault(key, []).append(node)
     before = Ancestry(module)
@@ -138,23 +150,33 @@ def _join_columns(module: Module, group: Sequence[Node], beside: _Beside) -> Non
     for node in group:
         width = _shape(node)[1]
         part = make(aten.slice.Tensor, whole, 1, start, start + width)
-        for user in node.users:  # a slice's rows do not follow each other: it cannot always be seen
-            if user.target is aten.view.default:  # in another shape without a copy
-                user.target = aten.reshape.default
+        _let_copy(node)
         node.replace_all_uses_with(part)
         start += width
 
 
+def _let_copy(node: Node) -> None:
+    """Let views of a tensor copy it: rows of a slice do not follow each other."""
+    for user in node.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        if is_view(user) or user.target is aten.reshape.default:
+            _let_copy(user)
+
+
 def _sums(module: Module) -> list[tuple[Node, list[Node]]]:
     """Sums of products of the same shape, and the products."""
-    found, taken, stretch = [], set(), stretches(module)
+    found, stretch = [], stretches(module)
+    taken: set[Node] = set()
     for node in reversed(module.graph.nodes):
         if node.target is aten.add.Tensor and node not in taken:
-            terms = _terms(node, taken)
+            inner: set[Node] = set()
+            terms = _terms(node, inner)
             if terms is None or len(terms) < 2 or not all(map(_pays, terms)):
                 continue
             if len({stretch[n] for n in (node, *terms)}) == 1:
                 found.append((node, terms))
+                taken |= inner
     return found
 
 
@@ -187,7 +209,7 @@ def _join_sum(
     Where each v is a weight's transpose, all are in the order of the weights, so that the joined
     weights are those of the forward product, and the joined g those of the weights' gradients.
     """
-    if len({t.meta["val"].dtype for t in terms}) > 1:
+    if len({(_shape(t), t.meta["val"].dtype) for t in terms}) > 1:
         return
     make = maker(module, total)
     transposed = all(t.args[1].target is aten.t.default for t in terms)  # pyright: ignore

@@ -44,6 +44,7 @@ def recomputed(
     *,
     again: Collection[str] = (),
     fused: Sequence[str] = (),
+    devices: int = 1,
 ) -> GraphModule:
     """Recompute values until the graph's peak is within a budget.
 
@@ -54,6 +55,7 @@ def recomputed(
             parameters that are kept as shards.
         fused: ops whose values for each other take no memory, as in `peak_bytes`; for a graph that
             inductor compiles, INDUCTOR_FUSES.
+        devices: whose tensors the graph holds; those of a simulated mesh have a budget each.
 
     Returns:
         The module: the same results, bit for bit. Nodes that run again are marked by
@@ -76,15 +78,14 @@ def recomputed(
     """
     if budget is None:
         return module
-    allowed = budget if isinstance(budget, int) else parse_bytes(budget)
+    allowed = (budget if isinstance(budget, int) else parse_bytes(budget)) * devices
     search = _Search(steps(module, fused), allowed, frozenset(again))
     if search.lives.peak <= allowed:
         return module
     search.go()
     if search.lives.peak > allowed:
-        raise BudgetError(
-            _too_small(search.run, search.lives, allowed), search.lives.peak - allowed
-        )
+        text = _too_small(search.run, search.lives, allowed, devices)
+        raise BudgetError(text, -((allowed - search.lives.peak) // devices))
     module.graph = _written(module, search.run)
     module.recompile()
     return module
@@ -355,8 +356,8 @@ def _written(module: GraphModule, run: Sequence[Step]) -> Graph:
     return graph
 
 
-def _too_small(run: Sequence[Step], now: Lives, budget: int) -> str:
-    """The text of a budget that cannot be met."""
+def _too_small(run: Sequence[Step], now: Lives, budget: int, devices: int) -> str:
+    """The text of a budget, of all devices together, that cannot be met."""
     worst = now.level.index(now.peak)
     held: dict[int, str] = {}
     for memory, holders in enumerate(now.holders):
@@ -374,7 +375,8 @@ def _too_small(run: Sequence[Step], now: Lives, budget: int) -> str:
         rows.append(f"  {rest:>16,} B  {len(largest) - 6} more")
     return "\n".join(
         [
-            f"no choice of values to recompute fits {budget:,} B per device: "
+            f"no choice of values to recompute fits {budget // devices:,} B per device"
+            f"{f', {budget:,} B on {devices} of them' if devices > 1 else ''}: "
             f"{now.peak - budget:,} B are missing",
             f"the least peak is {now.peak:,} B ({format_bytes(now.peak)}), at {run[worst].node}, "
             "which holds:",

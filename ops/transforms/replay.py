@@ -11,6 +11,7 @@ keeps the memory of everything in between until the program is forgotten.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,8 +41,13 @@ class Replay:
         if at == self._last and self._left:
             self._left -= 1
             self._recording = None
-            self._recording = _Recording(self._run, inputs, fixed, at)
-            return self._recording.replayed(inputs)
+            try:
+                self._recording = _Recording(self._run, inputs, fixed, at)
+            except RuntimeError as error:  # nothing ran: a recording only notes launches
+                self._left = 0
+                warnings.warn(f"jit: runs without a CUDA graph: {error}", stacklevel=3)
+            else:
+                return self._recording.replayed(inputs)
         self._last = at
         return self._run(inputs)
 
@@ -56,13 +62,22 @@ class _Recording:
         self._given = {i: given[i] for i in self._copied}
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # what earlier runs used: the recording has memory of its own
-        with torch.cuda.graph(self._graph):
+        # other threads may go on: those that pin batches, say
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             results = run(given)
-        where = {given[i].data_ptr(): i for i in fixed}
-        self._results: list[Tensor | int] = [where.get(r.data_ptr(), r) for r in results]
+        inputs_at = {given[i].data_ptr(): i for i in fixed}
+        self._results: list[Tensor | int] = []
+        for r in results:
+            i = inputs_at.get(r.data_ptr(), -1)
+            is_input = i >= 0 and r.numel() > 0 and _form(r) == _form(given[i])
+            self._results.append(i if is_input else r)
 
     def replayed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         for i, x in self._given.items():
             x.copy_(inputs[i])
         self._graph.replay()
         return [inputs[r] if isinstance(r, int) else r.clone() for r in self._results]
+
+
+def _form(x: Tensor) -> tuple[object, ...]:
+    return x.shape, x.stride(), x.dtype

@@ -100,10 +100,21 @@ def _with_addition(result: Node) -> tuple[Node, Node | None]:
     """Where the gradient is only added to another of its type: that sum, and the other."""
     users = list(result.users)
     if len(users) == 1 and users[0].target is aten.add.Tensor and not users[0].kwargs:
-        others = [n for n in users[0].args if n is not result]
-        if len(others) == 1 and isinstance(others[0], Node) and _type(others[0]) == _type(result):
+        others: list[Any] = [n for n in users[0].args if n is not result]
+        is_node = len(others) == 1 and isinstance(others[0], Node)
+        if is_node and _type(others[0]) == _type(result) and not _needs(others[0], result.args[0]):
             return users[0], others[0]
     return result, None
+
+
+def _needs(node: Any, other: Any) -> bool:
+    """Whether a node is computed from another."""
+    seen, left = {node}, [node]
+    while left:
+        new = set(left.pop().all_input_nodes) - seen
+        seen |= new
+        left.extend(new)
+    return other in seen
 
 
 def _gelu_gradient(module: Module, node: Node) -> None:
@@ -112,6 +123,7 @@ def _gelu_gradient(module: Module, node: Node) -> None:
     value: torch.Tensor = node.meta["val"]
     rows = list(range(value.ndim - 1))
     users: list[Any] = [u for u in node.users if u.target is aten.sum.dim_IntList]
+    users = [u for u in users if u.args[1] and not u.kwargs]
     sums = [u for u in users if sorted(d % value.ndim for d in u.args[1]) == rows]
     if len(sums) != 1 or value.dtype == torch.float64 or math.prod(value.shape[:-1]) < 256:
         return

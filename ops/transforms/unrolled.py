@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .nodes import in_order, maker
+from .order import is_view
 
 Node = torch.fx.Node
 Module = torch.fx.GraphModule
@@ -48,12 +49,14 @@ def _unroll(
     operands: Any = node.args[0]
     sizes = [n.meta["val"].numel() for n in operands]
     writes, name = name.endswith("_"), name.removesuffix("_")
-    single = getattr(getattr(aten, name, None), _OVERLOADS.get((name, overload), ""), None)
-    if single is None or sum(sizes) < FEWEST * len(sizes):
+    form = _OVERLOADS.get((name, overload))
+    if form is None or sum(sizes) < FEWEST * len(sizes):
         return
     if writes and not made.issuperset(operands):
         return
-    make = maker(module, node, like=operands[0])
+    if writes and any(is_view(user) for n in operands for user in n.users):
+        return
+    make, single = maker(module, node, like=operands[0]), getattr(getattr(aten, name), form)
     results = {user.args[1]: user for user in node.users}
     for number, operand in enumerate(operands):
         args = [a[number] if isinstance(a, list | tuple) else a for a in node.args]

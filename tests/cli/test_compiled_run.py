@@ -56,6 +56,8 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_other_kind(first: str, tmp_path:
     assert rest.losses == pytest.approx(whole.losses, abs=1e-6)
 
 
+# Inductor imports what torch itself calls deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_the_compiler_gives_the_same_losses(tmp_path: Path) -> None:
     options = (*ONE, "run.steps=3", "model.embed=8", "model.heads=1", "model.dropout=0.1")
     plain = runs.run(runs.file(tmp_path, "plain"), *options)[0]

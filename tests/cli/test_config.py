@@ -175,7 +175,7 @@ def test_shipped_example_is_valid() -> None:
             "run",
             "step = 3",
             "job.toml:2: run.step: unknown key; did you mean 'steps'? (known: 'steps', 'seed', "
-            "'out', 'log_every', 'eval_every', 'device', 'check')",
+            "'out', 'log_every', 'eval_every', 'device', 'check', 'jit')",
         ),
         (
             "",
@@ -404,7 +404,7 @@ seq = 0
         'job.toml:2: optimizer.lr: expected a number above 0, found "fast" (a string)',
         "job.toml:4: run.steps: missing; expected an integer of at least 1",
         "job.toml:5: run.stesp: unknown key; did you mean 'steps'? (known: 'steps', 'seed', "
-        "'out', 'log_every', 'eval_every', 'device', 'check')",
+        "'out', 'log_every', 'eval_every', 'device', 'check', 'jit')",
         "job.toml:6: run.seed: expected an integer of at least 0, below 2**63, found -1",
         "job.toml:10: mesh.data: expected a size of at least 1, or -1 for what is left, "
         "found [1, 2] (an array)",

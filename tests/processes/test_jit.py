@@ -15,11 +15,13 @@ import pytest
 import torch
 from moves import KINDS, everything, kinds
 from processes import launch
-from steps import STEPS, shards, training
+from steps import STEPS, gathered, shards, training
 
 import shardwise as sw
-from shardwise.ops.transforms import lowering
+from shardwise.ops.budget import BudgetError
+from shardwise.ops.transforms import pipeline
 from shardwise.ops.transforms.agreement import Call, agreed
+from shardwise.ops.transforms.lifetimes import peak_bytes
 from shardwise.optim import flat
 
 pytestmark = pytest.mark.processes
@@ -54,12 +56,16 @@ def all_trained(axes: dict[str, int], names: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     flat.ON_HOST = ()  # read scalars as on a GPU and in a trace, not as Python's numbers
     mesh = sw.make_mesh(axes)
-    return {name: trained(name, mesh, 2 if mesh.size == 2 else 1) for name in names}
+    return {name: trained(name, mesh, 1) for name in names}
 
 
 @pytest.mark.parametrize(
     ("axes", "names"),
-    [({"data": 2, "tensor": 1}, list(STEPS)), ({"data": 2, "tensor": 2}, ["data x 1D", "zero"])],
+    [
+        ({"data": 2, "tensor": 1}, ["fsdp, all again", "accumulated"]),
+        ({"data": 2, "tensor": 2}, ["data x 1D", "zero"]),
+        pytest.param({"data": 2, "tensor": 1}, list(STEPS), marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_step_is_the_function_bit_for_bit(
     axes: dict[str, int], names: list[str]
@@ -116,7 +122,7 @@ def disagreeing() -> dict[str, Any]:
         "crossed groups": agreed({0: [a, c], 1: [c, a], 2: [a]}[rank]),
     }
     if rank == 1:
-        lowering._run = lambda *_: None
+        pipeline._run = lambda name, module, options: module
     mesh = sw.make_mesh({"data": -1})
     xs = [sw.full((n,), 1.0, mesh, "n {U:data}") for n in (3, 6)]
 
@@ -139,3 +145,44 @@ def test_an_order_that_ranks_disagree_on_is_not_used() -> None:
         }
         assert outcome.value["values"] == [[1.0] * 3, [1.0] * 6]
         assert outcome.value["moves"] == 2  # not the one that two of the three had made of them
+
+
+ALL = {"backend": "eager", "passes": ("duplicates", "recompute", "bucket", "overlap")}
+
+
+def budgeted() -> dict[str, Any]:
+    """A step at several budgets; at last one that only rank 0 can keep."""
+    torch.set_num_threads(1)
+    mesh = sw.make_mesh({"data": -1})
+    step, params, x = gathered(mesh)
+    found: dict[str, Any] = {"plain": shards(step(params, x))}
+    jitted = sw.jit(step, options=EAGER)
+    jitted(params, x)
+    peak = found["peak"] = peak_bytes(jitted.graph.module)
+    for share in (4.0, 1.0, 0.8):  # passes fit, they do not, values run again
+        jitted = sw.jit(step, options=ALL | {"memory_budget": int(peak * share)})
+        found[f"values {share}"] = shards(jitted(params, x))
+        found[f"peak {share}"] = peak_bytes(jitted.graph.module)
+        found[f"moves {share}"] = [f"{row(c)} {c.phase}" for c in jitted.graph.collectives]
+    for label, budget in {"all": 1000, "one": 1000 if mesh.coords[0]["data"] else 10**9}.items():
+        with pytest.raises(BudgetError) as caught:
+            sw.jit(step, options=ALL | {"memory_budget": budget})(params, x)
+        found[f"refused {label}"] = [str(caught.value), caught.value.shortfall]
+    return found
+
+
+def test_a_budget_is_kept_on_all_ranks_or_refused_on_all() -> None:
+    outcomes = launch(budgeted, 2, preload=TORCH, timeout=200)
+    first, second = (outcome.value for outcome in outcomes)
+    for found, share in itertools.product((first, second), (4.0, 1.0, 0.8)):
+        assert found[f"peak {share}"] <= int(found["peak"] * share)
+        for one, other in zip(found[f"values {share}"], found["plain"], strict=True):
+            assert torch.equal(one, other)
+        assert found[f"moves {share}"] == first[f"moves {share}"]
+    assert len(first["moves 4.0"]) < len(first["moves 1.0"]) < len(first["moves 0.8"])
+    assert any("regather" in move for move in first["moves 0.8"])
+    for label, rank in {"all": 0, "one": 1}.items():
+        text, shortfall = first[f"refused {label}"]
+        assert second[f"refused {label}"] == [text, shortfall]
+        assert text.startswith(f"rank {rank}: no choice of values to recompute fits 1,000 B per")
+        assert f"{shortfall:,} B are missing" in text

@@ -53,3 +53,30 @@ def training(
 def shards(tree: Any) -> list[torch.Tensor]:
     """Copies of all shards that this process holds."""
     return [shard.clone() for x in sw.tree.leaves(tree) for shard in x.shards]
+
+
+def gathered(mesh: sw.Mesh) -> tuple[Any, Any, Any]:
+    """A step whose gathered parameters take most of its memory, and its arguments.
+
+    Args:
+        mesh: with an axis "data", over which parameters are cut.
+
+    Returns:
+        step, params, x: `step(params, x)` gives the loss and the gradients.
+    """
+    width, depth = 32, 6
+    draw = torch.Generator().manual_seed(0)
+    params = {
+        f"w{i}": sw.shard(
+            torch.randn(width, width, generator=draw, dtype=torch.float64) / 5, mesh, "a/data b"
+        )
+        for i in range(depth)
+    }
+    x = sw.shard(torch.randn(4, width, generator=draw, dtype=torch.float64), mesh, "n/data a")
+
+    def loss(params: Any, x: Any) -> Any:
+        for w in params.values():
+            x = torch.tanh(x @ sw.reshard(w, "a b {R:data}"))
+        return (x * x).mean()
+
+    return sw.value_and_grad(loss), params, x

@@ -12,8 +12,10 @@ from steps import STEPS, shards, training
 
 import shardwise as sw
 from shardwise import models, optim, strategies
+from shardwise.ops.budget import BudgetError
 from shardwise.ops.transforms import passes
 from shardwise.ops.transforms.graph import printed
+from shardwise.ops.transforms.lifetimes import peak_bytes
 from shardwise.optim import flat
 
 EAGER = {"backend": "eager"}
@@ -116,6 +118,28 @@ def test_donated_arguments_give_their_memory_and_raise() -> None:
     with pytest.raises(sw.LayoutError, match=r"donated at test_jit\.py:\d+") as caught:
         params["embed"].full_tensor()
     assert caught.value.kind == "donated"
+
+
+def test_a_memory_budget_holds_for_each_device_of_a_simulated_mesh() -> None:
+    x = sw.shard(torch.rand(512), sw.make_mesh({"data": 2}), "n/data")
+
+    def step(x: Any) -> Any:
+        kept = torch.exp(x)  # read at the end
+        return (torch.sin(x) + 1.0).sum() + kept.sum()
+
+    jitted = sw.jit(step, options=EAGER)
+    jitted(x)
+    budget = int(peak_bytes(jitted.graph.module) / 2 * 0.95)
+    small = sw.jit(step, options={**EAGER, "memory_budget": budget})
+    for one, other in zip(shards(small(x)), shards(step(x)), strict=True):
+        assert torch.equal(one, other)
+    assert peak_bytes(small.graph.module) <= 2 * budget
+    assert any("recomputed" in node.meta for node in small.graph.module.graph.nodes)
+    with pytest.raises(BudgetError, match="1,000 B per device, 2,000 B on 2") as caught:
+        sw.jit(step, options={**EAGER, "memory_budget": 1000})(x)
+    least = 1000 + caught.value.shortfall
+    assert least < budget
+    sw.jit(step, options={**EAGER, "memory_budget": least})(x)
 
 
 def test_replicas_that_share_memory_are_not_written_over() -> None:

@@ -18,7 +18,7 @@ from .hyper import OPTIMIZERS, SCHEDULES
 from .jitting import refused
 from .reader import Check, ConfigError, Known, Rest, Rules, read_toml
 from .values import (
-    AUTO,
+    OFF,
     AxisName,
     AxisNames,
     AxisSize,
@@ -99,7 +99,7 @@ class RunTable:
     eval_every: Count = 200
     device: Device = "auto"
     check: bool = False
-    jit: Annotated[Switch, Check('true, false or "auto"', lambda _: True)] = AUTO
+    jit: Annotated[Switch, Check('true, false or "auto"', lambda _: True)] = OFF
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ def build_optimizer(config: Config, declaration: Any) -> Transform:
         scale = table.loss_scale
         made = optim.loss_scale(made, initial=scale.initial, dynamic=scale.is_dynamic)
     elif skips(config):
-        # The run counts, when it reads losses: to read here would make each step wait.
-        made = optim.skip_nonfinite(made, limit=None)
+        # A compiled step cannot read a count: there the run reads it together with the losses.
+        limit = skips(config) if config.run.jit == "false" else None
+        made = optim.skip_nonfinite(made, limit=limit)
     return optim.zero(made, config.zero.stage, axis=config.zero.axes)
 
 

@@ -240,5 +240,6 @@ class Clock:
 
 
 def _flops(number: float) -> str:
-    power = next((p for p in (12, 9, 6) if number >= 10**p), 3)
-    return f"{number / 10**power:.4g} {dict(zip((12, 9, 6, 3), 'TGMk', strict=True))[power]}FLOP"
+    scales = ((12, "T"), (9, "G"), (6, "M"))
+    power, prefix = next((s for s in scales if number >= 10 ** s[0]), (3, "k"))
+    return f"{number / 10**power:.4g} {prefix}FLOP"

@@ -24,7 +24,7 @@ class Switch(str):
         return Switch(str(value).lower())
 
 
-AUTO = Switch("auto")
+OFF = Switch("false")
 
 
 def _is_layout(text: str) -> bool:

@@ -223,3 +223,16 @@ def test_wrong_arguments_are_named() -> None:
         dense(x, w, method="ring")
     with pytest.raises(TypeError, match="several dtypes"):
         dense(x, w.float())
+
+
+def test_no_second_derivative_in_either_mode() -> None:
+    mesh = sw.make_mesh({"data": 2})
+    x, w = sw.shard(torch.randn(32, 64), mesh), sw.shard(torch.randn(64, 32) / 8, mesh)
+
+    def loss(w: Any) -> Any:
+        return (torch.tanh(sw.nn.dense(x, w, precision="fp8")) ** 2).sum()
+
+    with pytest.raises(RuntimeError, match="fp8 has no second derivative"):
+        sw.hvp(loss, w, w)
+    with pytest.raises(RuntimeError, match="fp8 has no second derivative"):
+        sw.jvp(sw.grad(loss), (w,), (w,))
