@@ -4,8 +4,7 @@
 
 Loss, gradients and AdamW of this library's models on a mesh of one device, bf16 parameters and
 states: eager, and as one graph by `sw.jit`. The ceiling is an 8192^3 bf16 matmul measured in the
-same run; the share of it counts 6 FLOPs a parameter and token (tables that are only looked up left
-out) and, for causal attention, 6 per layer, head, entry of a head and pair of tokens. Medians.
+same run; what counts as work is `shardwise.models.flops`, causal attention by half. Medians.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 
 import shardwise as sw
 from shardwise import models, optim, strategies
+from shardwise.models.flops import flops_per_token
 
 BF16 = torch.bfloat16
 MODELS: dict[str, tuple[Any, Callable[..., Any], int, int]] = {
@@ -99,10 +99,7 @@ def main() -> None:
     for name in given.models:
         config, make, _, seq = MODELS[name]
         model = make(config, strategies.data())
-        looked_up = 0 if "head" not in model.declaration else config.vocab * config.embed
-        looked_up += config.position * config.embed if "pos" in model.declaration else 0
-        flops = 6 * (model.num_parameters - looked_up)
-        flops += 6 * config.layer * config.heads * config.head_dim * seq
+        flops = flops_per_token(model, seq)
         for mode in ("eager", "jit"):
             rate, peak, compiling = trained(name, given.steps, mode == "jit")
             share = rate * flops / top / 1e12

@@ -200,7 +200,7 @@ def ahead(size: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ahead_equals_waiting_and_the_simulated_mesh(size: int) -> None:
     first, *others = launch(ahead, size, size, timeout=240)
     for outcome in others:
@@ -337,6 +337,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 BENCHMARK = str(Path(__file__).parents[2] / "benchmarks" / "overlap.py")
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs() -> None:
     first, second = launch(SMOKE, 2, BENCHMARK, "--rounds", "1", "--layers", "2", "--rows", "1")
     lines = first.out.splitlines()
