@@ -18,6 +18,9 @@ from torch import Tensor
 from .launch import wide
 from .registry import by_twin, define, rows
 
+# Elements of a row that a kernel holds in registers; torch computes longer ones.
+LARGEST_FORWARD, LARGEST_BACKWARD = 32768, 8192
+
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     v = x.to(wide(x.dtype))

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from . import norms
 from .launch import Launch, empty, power_of_two
-
-LARGEST_FORWARD = 32768  # longer rows do not fit into registers: torch computes them
-LARGEST_BACKWARD = 8192
+from .norms import LARGEST_BACKWARD, LARGEST_FORWARD
 
 
 def forward_launch(size: int) -> Launch:

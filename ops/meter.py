@@ -6,7 +6,9 @@ to the end of its life; workspace inside a kernel is not seen. Memory of the hos
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,15 +20,21 @@ from ..kernels.fp8 import FLOPS
 from ..layouts import memory
 
 
+@functools.cache
+def formulas() -> Mapping[Any, Callable[..., Any]]:
+    """FLOPs of an op from its operands: torch's formulas, and those of our kernels."""
+    # Not at the top: it loads Triton where that is installed, and few programs count FLOPs.
+    from torch.utils.flop_counter import flop_registry
+
+    return {**flop_registry, **FLOPS}
+
+
 class Meter(TorchDispatchMode):
     """Counts for all shards of this process together; divide by their number for one device."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Not at the top: it loads Triton where that is installed, and few programs count FLOPs.
-        from torch.utils.flop_counter import flop_registry
-
-        self._formulas = {**flop_registry, **FLOPS}
+        self._formulas = formulas()
         self.flops = 0.0
         self.live = 0
         self.peak = 0

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
+from .nodes import calls
 from .order import (
     NAMESPACE,
+    Ancestry,
     arguments,
     is_collective,
     is_random,
@@ -185,15 +186,11 @@ def _chosen(graph: Graph, cap: int, window: int) -> list[_Bucket]:
     needed = needs(graph)
     nodes = list(graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
-    ancestors: list[int] = []  # bit j of entry i: node i comes after node j
+    order = Ancestry(nodes, needed)
     opened: dict[Any, _Bucket] = {}
     closed: list[_Bucket] = []
     count = 0
-    for i, node in enumerate(nodes):
-        bits = 0
-        for before in needed[node]:
-            bits |= ancestors[place[before]] | 1 << place[before]
-        ancestors.append(bits)
+    for node in nodes:
         count += is_collective(node)
         key = _key(node)
         if key is None or _full_bytes(node) > cap:
@@ -203,25 +200,15 @@ def _chosen(graph: Graph, cap: int, window: int) -> list[_Bucket]:
             bucket is not None
             and bucket.bytes + _full_bytes(node) <= cap
             and count - bucket.start <= window
-            and not any(bits >> place[member] & 1 for member in bucket.members)
+            and not any(order.follows(node, member) for member in bucket.members)
         )
         if not is_open or bucket is None:
             opened[key] = bucket = _Bucket([node], _full_bytes(node), count)
             closed.append(bucket)
             continue
-        # As one node, the members have all their ancestors together, and so has what follows any.
-        whole = bits
-        for member in bucket.members:
-            whole |= ancestors[place[member]] | 1 << place[member]
-        joined = [place[member] for member in bucket.members] + [i]
-        mask = sum(1 << j for j in joined)
-        for j in range(joined[0], i + 1):
-            if j in joined:
-                ancestors[j] |= whole & ~mask
-            elif ancestors[j] & mask:
-                ancestors[j] |= whole | mask
         bucket.members.append(node)
         bucket.bytes += _full_bytes(node)
+        order.unite(bucket.members)
     return [b for b in sorted(closed, key=lambda b: place[b.members[-1]]) if len(b.members) > 1]
 
 
@@ -253,9 +240,9 @@ def _joined(graph: Graph, bucket: _Bucket) -> None:
     inputs = [g["input"] for g in given]
     n = given[0].get("group_size", 1)
     with graph.inserting_before(last):
-        joined = before(_call(graph), inputs, n)
+        joined = before(calls(graph), inputs, n)
         rest = {k: v for k, v in given[0].items() if k != "input"}
-        whole = _call(graph)(last.target, joined, *rest.values())
+        whole = calls(graph)(last.target, joined, *rest.values())
     records = [member.meta.get("collective") for member in bucket.members]
     if all(entry is not None for entry in records):
         whole.meta["collective"] = merged(records)
@@ -264,8 +251,8 @@ def _joined(graph: Graph, bucket: _Bucket) -> None:
     waits = [[user for user in member.users if is_wait(user)] for member in bucket.members]
     after = next((user for user in waits[-1]), last)
     with graph.inserting_before(after):
-        ready = _call(graph)(_functional.wait_tensor.default, whole)
-        parts = cut(_call(graph), ready, [m.meta["val"].shape for m in bucket.members], n)
+        ready = calls(graph)(_functional.wait_tensor.default, whole)
+        parts = cut(calls(graph), ready, [m.meta["val"].shape for m in bucket.members], n)
     for member, done, part in zip(bucket.members, waits, parts, strict=True):
         for wait in done:
             wait.replace_all_uses_with(part)
@@ -291,24 +278,6 @@ def merged(records: Sequence[Any]) -> Any:
         op=same["op"] or "bucket",
         source=same["source"] or first.source,
     )
-
-
-def _call(graph: Graph) -> Call:
-    """A writer of nodes that also fills in their values."""
-
-    def call(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        node.meta["val"] = _value(target, args)
-        return node
-
-    return call
-
-
-def _value(target: Any, args: Any) -> Any:
-    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
-    fake = next(n.meta["val"] for n in tree_leaves(args) if isinstance(n, Node))
-    with fake.fake_mode:
-        return target(*values)
 
 
 def _beside(call: Call, inputs: Sequence[Node], n: int) -> Node:

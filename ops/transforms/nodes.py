@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from .order import rearrange, writes
 
@@ -14,22 +16,27 @@ Node = torch.fx.Node
 Module = torch.fx.GraphModule
 
 
-def maker(module: Module, place: Node, like: Node | None = None) -> Callable[..., Node]:
-    """Makes nodes before `place`, with the types of their results.
+def calls(graph: torch.fx.Graph) -> Callable[..., Node]:
+    """A writer of calls, where the graph inserts them, that also fills in what they yield."""
 
-    Args:
-        module: whose graph it is.
-        place: the node before which they stand.
-        like: a node of one tensor, where `place` gives several.
-    """
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = graph.call_function(target, args, kwargs)
+        given, named = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        fake = next(x for x in tree_leaves((given, named)) if isinstance(x, FakeTensor))
+        with fake.fake_mode:
+            node.meta["val"] = target(*given, **named)
+        return node
+
+    return call
+
+
+def maker(module: Module, place: Node) -> Callable[..., Node]:
+    """Makes nodes before `place`, with the types of their results."""
+    call = calls(module.graph)
 
     def make(target: Any, *args: Any, **kwargs: Any) -> Node:
         with module.graph.inserting_before(place):
-            node = module.graph.call_function(target, args, kwargs)
-        given, named = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with (like or place).meta["val"].fake_mode:
-            node.meta["val"] = target(*given, **named)
-        return node
+            return call(target, *args, **kwargs)
 
     return make
 
@@ -62,33 +69,3 @@ def stretches(module: Module) -> dict[Node, int]:
         found[node] = count
         count += writes(node)
     return found
-
-
-class Ancestry:
-    """For each node the set of those before it that it needs, as bits of one integer."""
-
-    def __init__(self, module: Module) -> None:
-        self._number = {node: i for i, node in enumerate(module.graph.nodes)}
-        self._before: dict[Node, int] = {}
-        for node in module.graph.nodes:
-            bits = 0
-            for source in node.all_input_nodes:
-                bits |= self._before[source] | 1 << self._number[source]
-            self._before[node] = bits
-
-    def related(self, node: Node, other: Node) -> bool:
-        """Whether either needs the other."""
-        one = self._before[node] >> self._number[other]
-        return bool((one | self._before[other] >> self._number[node]) & 1)
-
-    def unite(self, nodes: Sequence[Node]) -> None:
-        """Let nodes that do not depend on each other be one: each needs what any of them needs."""
-        mask = sum(1 << self._number[node] for node in nodes)
-        whole = 0
-        for node in nodes:
-            whole |= self._before[node]
-        for node in nodes:
-            self._before[node] = whole
-        for node, before in self._before.items():
-            if before & mask:
-                self._before[node] = before | whole | mask

@@ -109,6 +109,41 @@ def needs(graph: Graph) -> dict[Node, tuple[Node, ...]]:
     return found
 
 
+class Ancestry:
+    """For each node the set of those that must come before it, as bits of one integer.
+
+    Args:
+        nodes: in an order in which each follows what it needs.
+        needed: of each node what must come right before it.
+    """
+
+    def __init__(self, nodes: Sequence[Node], needed: Needs) -> None:
+        self._number = {node: i for i, node in enumerate(nodes)}
+        self._before: dict[Node, int] = {}
+        for node in nodes:
+            bits = 0
+            for source in needed[node]:
+                bits |= self._before[source] | 1 << self._number[source]
+            self._before[node] = bits
+
+    def follows(self, node: Node, other: Node) -> bool:
+        """Whether `other` must come before `node`."""
+        return bool(self._before[node] >> self._number[other] & 1)
+
+    def unite(self, nodes: Sequence[Node]) -> None:
+        """Let nodes that do not follow each other be one: each needs what any of them needs."""
+        mask = whole = 0
+        for node in nodes:
+            mask |= 1 << self._number[node]
+            whole |= self._before[node]
+        whole &= ~mask
+        for node, before in self._before.items():
+            if before & mask:
+                self._before[node] = before | whole | mask
+        for node in nodes:
+            self._before[node] = whole
+
+
 def settled(nodes: Iterable[Node], needed: Needs) -> Iterator[Node]:
     """The nodes in the given order, each preceded by what it needs; every node once.
 

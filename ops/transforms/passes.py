@@ -23,15 +23,6 @@ ON_GPU = {"max_pointwise_cat_inputs": 1}
 LARGEST_CONSTANT = 1 << 24  # elements
 
 
-def captured(flat: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Module:
-    """The graph of a function of tensors, from one run on fake ones, simplified."""
-    from . import lowering
-
-    module = lowering.captured(flat, inputs)
-    simplified(module)
-    return module
-
-
 def simplified(module: Module) -> None:
     """Merge what is computed twice, drop what nothing reads, fold what depends on no input."""
     module.graph = fx_graph_cse(module.graph)

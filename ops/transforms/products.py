@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .nodes import Ancestry, in_order, maker, stretches
-from .order import is_view
+from .nodes import in_order, maker, stretches
+from .order import Ancestry, is_view
 
 Node = torch.fx.Node
 Module = torch.fx.GraphModule
@@ -80,11 +80,11 @@ class _Beside:
     """Matrices side by side, each such matrix made once between two writes."""
 
     def __init__(self, module: Module) -> None:
-        self._module = module
+        self._module, self._stretch = module, stretches(module)
         self._made: dict[tuple[Any, ...], Node] = {}
 
     def __call__(self, parts: Sequence[Node], place: Node) -> Node:
-        key = stretches(self._module)[place], *parts
+        key = self._stretch[place], *parts
         if key not in self._made:
             self._made[key] = maker(self._module, place)(aten.cat.default, list(parts), 1)
         return self._made[key]
@@ -123,12 +123,14 @@ def _sharing(module: Module) -> list[list[Node]]:
         if node.target in _PRODUCTS and _pays(node) and _is_plain(node):
             key = (node.target, _factors(node)[0], node.meta["val"].dtype, stretch[node])
             groups.setdefault(key, []).append(node)
-    before = Ancestry(module)
+    nodes = list(module.graph.nodes)
+    before = Ancestry(nodes, {n: tuple(n.all_input_nodes) for n in nodes})
     found = []
     for group in groups.values():
         free: list[Node] = []
         for node in group:
-            if not any(before.related(node, other) for other in free):
+            # either way: as parts of one product, earlier nodes may follow later ones
+            if not any(before.follows(*two) for n in free for two in ((node, n), (n, node))):
                 free.append(node)
         if len(free) > 1:
             before.unite(free)

@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ...meshlib.errors import format_bytes
 from ..budget import BudgetError, parse_bytes
+from ..meter import formulas
 from .lifetimes import Lives, Step, lives, steps
 from .order import KINDS, is_random, is_view, is_wait, name_of, size, writes
 
@@ -321,9 +322,7 @@ def _nothing(search: _Search, step: Step) -> bool:
 
 def flops(node: Node) -> float:
     """Floating-point operations of a matmul, a convolution or attention; 0 of other ops."""
-    from torch.utils.flop_counter import flop_registry
-
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    formula = formulas().get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
     args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])

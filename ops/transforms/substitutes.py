@@ -22,7 +22,6 @@ from .nodes import in_order, maker
 Node = torch.fx.Node
 Module = torch.fx.GraphModule
 aten: Any = torch.ops.aten
-WIDEST = {"forward": 32768, "backward": 8192}  # rows that the kernels of norms hold
 
 
 def substituted(module: Module) -> None:
@@ -51,7 +50,10 @@ def _norm(
 ) -> None:
     """A norm of a sum of two tensors of its type."""
     value: torch.Tensor = total.meta["val"]
-    if not _takes(value, shape, weight, "forward") or total.target is not aten.add.Tensor:
+    if (
+        not _takes(value, shape, weight, norms.LARGEST_FORWARD)
+        or total.target is not aten.add.Tensor
+    ):
         return
     terms = total.args
     if total.kwargs or any(not isinstance(t, Node) or _type(t) != _type(total) for t in terms):
@@ -82,7 +84,7 @@ def _norm_gradient(
     module: Module, node: Node, grad: Any, x: Any, shape: Any, weight: Any, statistics: Any
 ) -> None:
     results = {user.args[1]: user for user in node.users}
-    if not _takes(x.meta["val"], shape, weight, "backward") or 0 not in results:
+    if not _takes(x.meta["val"], shape, weight, norms.LARGEST_BACKWARD) or 0 not in results:
         return
     at, extra = _with_addition(results[0])
     make = maker(module, at)
@@ -140,9 +142,9 @@ def _type(node: Any) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape), node.meta["val"].dtype
 
 
-def _takes(value: torch.Tensor, shape: Any, weight: Any, way: str) -> bool:
+def _takes(value: torch.Tensor, shape: Any, weight: Any, largest: int) -> bool:
     """Whether the kernels take rows like these."""
-    fits = len(shape) == 1 and shape[0] <= WIDEST[way] and value.dtype != torch.float64
+    fits = len(shape) == 1 and shape[0] <= largest and value.dtype != torch.float64
     return fits and weight is not None
 
 

@@ -56,7 +56,7 @@ def _unroll(
         return
     if writes and any(is_view(user) for n in operands for user in n.users):
         return
-    make, single = maker(module, node, like=operands[0]), getattr(getattr(aten, name), form)
+    make, single = maker(module, node), getattr(getattr(aten, name), form)
     results = {user.args[1]: user for user in node.users}
     for number, operand in enumerate(operands):
         args = [a[number] if isinstance(a, list | tuple) else a for a in node.args]
